@@ -185,6 +185,7 @@ def _record(one: Candidate) -> dict[str, Any]:
         "usd": _range(one.usd),
         "usd_parts": one.cost.parts,
         "interruptions": _range(one.num_interruptions),
+        "restarts": _range(one.num_restarts),
         "pausing_hours": one.pausing_hours,
         "repeated_hours": one.repeated_hours,
         "waiting_hours": one.waiting_hours,

@@ -85,6 +85,8 @@ class Candidate:
     hours: Estimate
     """From the request of the machines to the end."""
     num_interruptions: Estimate
+    num_restarts: Estimate
+    """Of all processes, from a checkpoint; the other interruptions cost a pause."""
     pausing_hours: float
     """Likely, as are the following."""
     repeated_hours: float
@@ -333,6 +335,7 @@ def _candidate(
         uninterrupted_hours=world.hours,
         hours=_estimate([run.hours + boot for run, boot in zip(runs, boots, strict=True)]),
         num_interruptions=_estimate([run.num_interruptions for run in runs]),
+        num_restarts=_estimate([run.num_restarts for run in runs]),
         pausing_hours=likely.pausing_hours,
         repeated_hours=likely.repeated_hours,
         waiting_hours=likely.waiting_hours,

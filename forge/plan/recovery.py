@@ -21,7 +21,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from forge.plan.checkpoint_interval import planned_every
+from forge.plan.checkpoint_interval import GROUP_LOSS_SHARE, planned_every
 from forge.plan.plan import DraftPlan
 from forge.plan.throughput import Estimate
 from forge.units import Every
@@ -57,6 +57,8 @@ class ChangeCosts:
     """Interval between copies of the state that survive the change; 0 if nothing is repeated."""
     changes_per_loss: int = 1
     """How often the work since the last copy is repeated: 2 if the replacement restarts the run, too."""
+    restarts_per_loss: float = 0.0
+    """How often a loss makes the run start its processes again, from a checkpoint."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +68,8 @@ class InterruptedRun:
     hours: float
     """From the first step to the end."""
     num_interruptions: float
+    num_restarts: float
+    """Of all processes, from a checkpoint."""
     pausing_hours: float
     repeated_hours: float
     waiting_hours: float
@@ -73,7 +77,12 @@ class InterruptedRun:
 
 
 _ENDLESS = InterruptedRun(
-    hours=math.inf, num_interruptions=math.inf, pausing_hours=math.inf, repeated_hours=0.0, waiting_hours=0.0
+    hours=math.inf,
+    num_interruptions=math.inf,
+    num_restarts=math.inf,
+    pausing_hours=math.inf,
+    repeated_hours=0.0,
+    waiting_hours=0.0,
 )
 
 
@@ -109,6 +118,7 @@ def interrupted_run(
     return InterruptedRun(
         hours=total,
         num_interruptions=losses_per_hour * num_machines * available * total,
+        num_restarts=3600 * losses_per_s * costs.restarts_per_loss * total,
         pausing_hours=total * (1 - paused),
         repeated_hours=total * paused * capacity * (1 - kept),
         waiting_hours=total * paused * (1 - capacity),
@@ -137,14 +147,23 @@ def change_costs(plan: DraftPlan, *, num_machines: int, step_s: float, level: Le
     """Return what the loss of one of `num_machines` costs. The high value is that of losses without notice."""
     checkpoint_s = _seconds(planned_every(plan, world_size=plan.worlds[-1].batch.world_size), step_s=step_s)
     if plan.job.resources.engine == "ray-train":
-        return ChangeCosts(pause_s=2 * RESTART_S, saved_every_s=checkpoint_s, changes_per_loss=2)
+        return ChangeCosts(
+            pause_s=2 * RESTART_S, saved_every_s=checkpoint_s, changes_per_loss=2, restarts_per_loss=2.0
+        )
     if num_machines == 1:  # no other machine has the state; with notice it is saved first
-        return ChangeCosts(pause_s=RESTART_S, saved_every_s=checkpoint_s if level == "high" else 0.0)
+        saved_every_s = checkpoint_s if level == "high" else 0.0
+        return ChangeCosts(pause_s=RESTART_S, saved_every_s=saved_every_s, restarts_per_loss=1.0)
     if level != "high":
         return ChangeCosts(pause_s=2 * PLANNED_PAUSE_S)
     every = plan.job.checkpoint.snapshot_every
     steps = every if isinstance(every, int) else AUTO_REPEATED_STEPS
-    return ChangeCosts(pause_s=LOSS_PAUSE_S + PLANNED_PAUSE_S, saved_every_s=steps * step_s)
+    # Sometimes the machine with the copy is lost as well: a restart, and half of the interval between checkpoints.
+    both_lost_s = GROUP_LOSS_SHARE * (RESTART_S + checkpoint_s / 2)
+    return ChangeCosts(
+        pause_s=LOSS_PAUSE_S + PLANNED_PAUSE_S + both_lost_s,
+        saved_every_s=steps * step_s,
+        restarts_per_loss=GROUP_LOSS_SHARE,
+    )
 
 
 def _seconds(every: Every, *, step_s: float) -> float:

@@ -43,6 +43,7 @@ CANDIDATE = {
         "uninterrupted_hours": RANGE,
         "usd": RANGE,
         "interruptions": RANGE,
+        "restarts": RANGE,
         "usd_parts": {
             "type": "object",
             "required": ["machines", "head", "disks", "storage", "egress"],

@@ -33,10 +33,11 @@ def test_interrupted_run__four_machines__adds_up_by_hand() -> None:
 
 def test_interrupted_run__one_machine__is_dalys_formula() -> None:
     # Daly 2006: (e^(λ·600 s) - 1) · e^(λ·120 s) ÷ λ for each 600 s of work.
-    costs = ChangeCosts(pause_s=120.0, saved_every_s=600.0)
+    costs = ChangeCosts(pause_s=120.0, saved_every_s=600.0, restarts_per_loss=1.0)
     run = interrupted_run(5.0, num_machines=1, min_machines=1, losses_per_hour=1.0, start_s=0.0, costs=costs)
     assert run.hours == pytest.approx(5.0 * 6 * math.expm1(1 / 6) * math.exp(1 / 30))
     assert run.hours == pytest.approx(5.0 + run.pausing_hours + run.repeated_hours)
+    assert run.num_restarts == run.num_interruptions == pytest.approx(run.hours)
 
 
 def test_interrupted_run__half_of_the_machines_to_be_had__takes_twice_as_long() -> None:
