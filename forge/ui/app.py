@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import gzip
 import hashlib
+import re
 import secrets
 import threading
 import time
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import AsyncIterator, Callable
 from functools import cache
 from pathlib import Path
@@ -37,7 +38,7 @@ from forge.report.trial_rows import columns
 from forge.runs.annotations import read_annotations
 from forge.runs.reader import search_folder
 from forge.ui.access import LOGIN, Access, AccessGuard
-from forge.ui.live import State, changed, message
+from forge.ui.live import State, changed, clipped, message
 from forge.ui.remote_runs import RemoteRuns, RunLog, stop_run
 from forge.ui.run_list import RunList
 from forge.ui.run_view import RunView
@@ -50,6 +51,9 @@ _FIRST_ROWS = 100
 """That a list shows at once; more are laid out as the page is scrolled."""
 _MAX_STREAMS = 256
 _MAX_VIEWS = 16
+_MAX_EVENTS = 500_000
+"""Of all runs whose pages were shown last; they are kept in memory."""
+_MAX_FACTS = 200
 _MAX_BODY_BYTES = 4096
 _STATIC = ("page.css", "ui.css", "ui.js", "colors.css", "plotly.js")
 
@@ -62,6 +66,7 @@ class Pages:
         self.num_streams = 0
         self._environment = page_environment(_HERE)
         self._views: OrderedDict[Path, RunView] = OrderedDict()
+        self._opening: defaultdict[Path, threading.Lock] = defaultdict(threading.Lock)
         self._lock = threading.Lock()
         self._refreshed_at = 0.0
 
@@ -100,9 +105,10 @@ class Pages:
         Raises: HTTPException if the run cannot be read.
         """
         with self._lock:
-            view = self._views.get(folder)
+            opening = self._opening[folder]
         try:
-            view = view or RunView(folder)
+            with opening:  # a stream waits for the page of the same run, instead of reading it too
+                view = self._views.get(folder) or RunView(folder)
             view.refresh()
         except ForgeError as error:
             with self._lock:
@@ -111,9 +117,13 @@ class Pages:
         with self._lock:
             view = self._views.setdefault(folder, view)
             self._views.move_to_end(folder)
-            while len(self._views) > _MAX_VIEWS:
-                self._views.popitem(last=False)
+            while len(self._views) > 1 and self._is_full():
+                self._opening.pop(self._views.popitem(last=False)[0], None)
         return view
+
+    def _is_full(self) -> bool:
+        num_events = sum(view.num_events for view in self._views.values())
+        return len(self._views) > _MAX_VIEWS or num_events > _MAX_EVENTS
 
 
 def build_app(runs: RunList, *, access: Access, remote: RemoteRuns | None = None) -> AccessGuard:
@@ -165,15 +175,20 @@ async def _list_page(pages: Pages, request: Request) -> Response:
 
 async def _list_stream(pages: Pages, request: Request) -> Response:
     given = request.headers.get("last-event-id") or request.query_params.get("since", "")
-    since = int(given) if given.isascii() and given.isdigit() else -1
+    since = int(given) if re.fullmatch(r"[0-9]{1,18}", given) else -1
+    note = ""
 
     def look() -> tuple[dict[str, Any] | None, int]:
+        nonlocal note
         pages.refresh_runs()
         version = pages.runs.version
         rows = pages.runs.changes(since=since)
         if rows is None:
             return {"reload": True}, version
-        return ({"state": {"runs": rows}} if rows else None), version
+        body: dict[str, Any] = {"state": {"runs": rows}} if rows else {}
+        if note != (note := pages.remote.note_on(pages.runs)):
+            body["note"] = clipped(note)
+        return body or None, version
 
     async def messages() -> AsyncIterator[str | None]:
         nonlocal since
@@ -191,6 +206,7 @@ async def _run_page(pages: Pages, request: Request) -> Response:
     view = await asyncio.to_thread(pages.view_of, folder)
     run, search = view.run, search_folder(folder)
     annotations = read_annotations(folder)
+    facts = [*plan_facts(run.plan), *search_facts(run.plan)]
     return pages.render(
         "run_page.html.j2",
         path=request.url.path,
@@ -201,8 +217,8 @@ async def _run_page(pages: Pages, request: Request) -> Response:
         status=run.status,
         tags=annotations.tags,
         note=annotations.note,
-        warnings=run.plan.warnings,
-        facts=[*plan_facts(run.plan), *search_facts(run.plan)],
+        warnings=[clipped(warning) for warning in run.plan.warnings[:_MAX_FACTS]],
+        facts=[(clipped(name), clipped(text)) for name, text in facts[:_MAX_FACTS]],
         is_trial=search is not None,
         trial_columns=columns(run.plan.job.search.metric) if run.plan.job.search is not None else (),
         logs=await asyncio.to_thread(pages.remote.log_names, folder),

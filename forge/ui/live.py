@@ -10,6 +10,7 @@ from forge.errors import harmless
 
 State = Mapping[str, Mapping[str, Sequence[str]]]
 """Texts of each part of a page: section, key within it, texts."""
+_MAX_CHARS = 4000
 Changes = dict[str, dict[str, list[str] | None]]
 
 
@@ -19,10 +20,15 @@ def changed(before: State, now: State) -> Changes:
     for section in {**before, **now}:
         old, new = before.get(section, {}), now.get(section, {})
         keys: dict[str, list[str] | None] = {key: None for key in old if key not in new}
-        keys |= {key: [harmless(text) for text in texts] for key, texts in new.items() if old.get(key) != texts}
+        keys |= {key: [clipped(text) for text in texts] for key, texts in new.items() if old.get(key) != texts}
         if keys:
             found[section] = keys
     return found
+
+
+def clipped(text: str) -> str:
+    """Return a text of a run folder without control characters, and of a length that a page can show."""
+    return harmless(text if len(text) <= _MAX_CHARS else f"{text[:_MAX_CHARS]}… [{len(text):,} characters]")
 
 
 def message(body: Mapping[str, Any], *, number: int | None = None) -> str:

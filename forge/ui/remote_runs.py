@@ -18,6 +18,7 @@ from forge.ui.run_list import RunList
 
 _MAX_FOLLOWED = 32
 _ASK_EVERY_S = 5.0
+_STATUS_EVERY_S = 60.0
 _REMOTE_LOGS = ("rank-0", "driver", "recorder")
 
 
@@ -27,6 +28,8 @@ class RemoteRuns:
     def __init__(self) -> None:
         self._handles: dict[Path, RunHandle] = {}
         self._messages: dict[Path, str] = {}
+        self._note = ""
+        self._asked_at = -_STATUS_EVERY_S
         self._lock = threading.Lock()
 
     def follow_running(self, runs: RunList) -> None:
@@ -53,6 +56,24 @@ class RemoteRuns:
                 return
             if handle is not None:
                 self._handles[folder] = handle
+
+    def note_on(self, runs: RunList) -> str:
+        """Say which runs a cluster has that were started from other machines; it is asked once a minute."""
+        if runs.cluster is not None and time.monotonic() - self._asked_at >= _STATUS_EVERY_S:
+            self._asked_at = time.monotonic()
+            threading.Thread(target=self._ask_for_others, args=(runs,), daemon=True).start()
+        return self._note
+
+    def _ask_for_others(self, runs: RunList) -> None:
+        assert runs.cluster is not None
+        try:
+            found = find_known(runs.cluster).status().runs
+        except ForgeError as error:
+            self._note = f"the cluster '{runs.cluster}' cannot be reached: {first_line(error)}"
+            return
+        known = {row.folder.name for row in runs.rows()}
+        others = sorted(name for name in found if name not in known)
+        self._note = f"started from other machines, and shown there alone: {', '.join(others)}" if others else ""
 
     def messages(self, folder: Path) -> str:
         """Return what was last said about the connection to a run's cluster; empty if it is reached."""

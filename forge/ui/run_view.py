@@ -92,6 +92,11 @@ class RunView:
             return common | (self._of_search() if run.plan.search is not None else self._of_training())
 
     @property
+    def num_events(self) -> int:
+        """Events that it holds in memory."""
+        return len(self._events)
+
+    @property
     def num_redraws(self) -> int:
         """Grows when the figures have to be drawn again, since more than points at their ends has changed."""
         return self._num_redraws

@@ -39,9 +39,17 @@ class Browser:
 
     async def wait(self, script: str) -> None:
         deadline = time.monotonic() + 30
-        while not await self.value(script):
+        while not await self._holds(script):
             assert time.monotonic() < deadline, (script, await self.value("document.body.innerText"))
             await asyncio.sleep(0.05)
+
+    async def _holds(self, script: str) -> bool:
+        try:
+            return bool(await self.value(script))
+        except AssertionError as error:
+            if "navigated" in str(error):  # while the script was running
+                return False
+            raise
 
     async def type(self, text: str) -> None:
         await self.call("Input.insertText", text=text)

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
-from forge.events import CostUpdated, RunFinished, event_to_record
+from forge.events import CostUpdated, RunFailed, RunFinished, event_to_record
+from forge.ui import app
 from forge.ui.access import Access, token_access
 from forge.ui.app import Pages, _RunFeed, build_app
 from forge.ui.live import changed, message
@@ -283,6 +284,29 @@ def test_view__records_replaced__is_read_from_its_start(tmp_path: Path) -> None:
     (folder / "metrics.jsonl").write_text("".join(lines[:2]))
     body = news()
     assert body["state"]["tiles"]["step"][0] == "2 of 6" and body["draw"] and view.num_opened == 2
+
+
+def test_feed__huge_texts__are_cut(tmp_path: Path) -> None:
+    history = eventful(text="x" * 100_000)
+    history.record(RunFailed(error="RunError", message="y" * 1_000_000))
+    folder = history.write(tmp_path, "huge")
+    _, news = feed_of(tmp_path, folder)
+    body = news()
+    assert "[1,000,000 characters]" in body["state"]["problem"]["failure"][0]
+    assert len(message(body)) < 20_000
+    client, _ = client_of(tmp_path)
+    key = key_of(client, "huge")
+    assert len(client.get(f"/runs/{key}").content) < 50_000
+
+
+def test_views__many_runs__keep_a_bounded_number_of_events(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(app, "_MAX_EVENTS", 10)
+    folders = [make_run(tmp_path, f"run-{number}") for number in range(8)]
+    runs = RunList(tmp_path)
+    pages = Pages(runs, access=token_access("127.0.0.1", 1, token=None), remote=RemoteRuns())
+    views = [pages.view_of(folder) for folder in folders]
+    assert sum(view.num_events for view in pages._views.values()) <= 10 < sum(view.num_events for view in views)
+    assert pages.view_of(folders[-1]) is views[-1]
 
 
 def test_changed__only_what_differs__with_none_for_what_is_gone() -> None:

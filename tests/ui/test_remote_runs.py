@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from forge.cluster.base import ClusterStatus
 from forge.errors import ClusterError
 from forge.events import RunStopped, event_to_record
 from forge.remote import mirror
@@ -32,6 +33,11 @@ class Away:
 
     def __init__(self) -> None:
         self.asked: list[tuple[str, ...]] = []
+
+    def status(self) -> ClusterStatus:
+        return ClusterStatus(
+            name=self.name, provider="ssh", address="a", nodes=(), runs=("on-away", "of-a-colleague")
+        )
 
     @property
     def is_stopped(self) -> bool:
@@ -107,6 +113,13 @@ def test_list_of_a_cluster__running_run_of_any_folder__is_copied_and_stopped_the
     wait_for(lambda: (runs.refresh(whole=True), runs.rows()[0].status)[1] == "stopped")
     assert [words for words in away.asked if words[0] == "stop"] == [("stop", "/there/on-away")]
     assert stop_run(folder, remote=remote) == "on-away is not running"
+
+
+def test_note__runs_of_other_machines__are_named(tmp_path: Path, away: Away) -> None:
+    remote_run(tmp_path)
+    runs, remote = RunList(tmp_path, cluster="away"), RemoteRuns()
+    runs.refresh(whole=True)
+    assert wait_for(lambda: remote.note_on(runs)).endswith("shown there alone: of-a-colleague")
 
 
 def test_remote_log__is_read_from_its_end_and_continued(tmp_path: Path, away: Away) -> None:

@@ -148,6 +148,10 @@ function startList() {
   follow(() => `/events?since=${version}`, (body, id) => {
     if (body.reload) location.reload();
     version = id || version;
+    if (body.note !== undefined) {
+      setText(at("note"), body.note);
+      at("note").hidden = !body.note;
+    }
     const runs = body.state?.runs || {};
     for (const key in runs) take(key, runs[key]);
     at("unread")?.remove();
