@@ -9,15 +9,18 @@ and third region). `FOLDER` has `bamboo-p3.csv`: runs of 5 to 8 h on 8 to 24 of 
 
 `ratio_vs_uniform_progress` is the mean, over the settings, of elastic ÷ uniform progress in the same regions;
 `ratio_vs_home` the same with uniform progress in the first region alone, as it was published. `least` is the
-bound that no policy can undercut.
+bound that no policy can undercut; `optimum` the cost of the best choices of a policy that knows all rates but not
+the future (`benchmarks.deadline_optimum`), where all machines of a region are lost at once.
 """
 
 from __future__ import annotations
 
 import itertools
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.deadline_optimum import OnOffSpot, find_optimum
 from benchmarks.report import benchmark_parser, parse_options, print_table, write_json
 from forge.chaos.deadline_simulation import (
     DeadlineJob,
@@ -45,6 +48,7 @@ def main() -> None:
     settings = _SETTINGS[::16] if options.smallest else _SETTINGS
     figures: dict[str, object] = {}
     for num_regions, is_each in itertools.product((1, 3), (False, True)):
+        best = [] if is_each else _optimum(settings, num_regions=num_regions, num_seeds=options.repeats)
         kind = f"{num_regions} region{'s' * (num_regions > 1)}, {'one by one' if is_each else 'all at once'}"
         figures[kind] = _compare(
             [
@@ -53,6 +57,7 @@ def main() -> None:
                 for seed in range(options.repeats)
             ],
             title=f"random availability, {kind}",
+            best=best,
         )
     if options.traces is not None:
         counts = availability_of(read_trace(options.traces / "bamboo-p3.csv"), interval_s=60)
@@ -110,8 +115,38 @@ def _regions(
     return regions
 
 
-def _compare(cases: list[tuple[DeadlineJob, list[RegionAvailability]]], *, title: str) -> dict[str, object]:
-    """Print the mean cost of each policy relative to on-demand, and how many deadlines it missed."""
+def _optimum(
+    settings: Sequence[tuple[float, float, float, float]], *, num_regions: int, num_seeds: int
+) -> list[float]:
+    """Costs of the best choices with known rates, in the order of the cases."""
+    found = []
+    for setting in settings:
+        share, _, start_s, outage_s = setting
+        job = _job(setting)
+        regions = [
+            _regions(setting, num_regions=num_regions, is_each=False, seed=seed) for seed in range(num_seeds)
+        ]
+        spot = OnOffSpot(
+            usd_per_hour=tuple(_NUM_NODES * region.usd_per_hour for region in regions[0]),
+            on_demand_usd_per_hour=_NUM_NODES * job.on_demand_usd_per_hour,
+            mean_there_s=outage_s * share / (1 - share),
+            mean_outage_s=outage_s,
+            start_s=start_s,
+        )
+        optimum = find_optimum(spot, work_s=job.work_s, deadline_s=job.deadline_s)
+        step = round(start_s / job.interval_s)
+        found += [optimum.usd([region.counts[::step] for region in each]) for each in regions]
+    return found
+
+
+def _compare(
+    cases: list[tuple[DeadlineJob, list[RegionAvailability]]], *, title: str, best: Sequence[float] = ()
+) -> dict[str, object]:
+    """Print the mean cost of each policy relative to on-demand, and how many deadlines it missed.
+
+    Args:
+        best: costs of the best choices with known rates, if they can be computed.
+    """
     results = [
         {policy: simulate_deadline(policy, job, regions=regions) for policy in DEADLINE_POLICIES}
         for job, regions in cases
@@ -134,12 +169,16 @@ def _compare(cases: list[tuple[DeadlineJob, list[RegionAvailability]]], *, title
     ratios = [(e / u, e / h, bound / each["on-demand"].usd) for e, u, h, bound, each in pairs]
     names = ("ratio_vs_uniform_progress", "ratio_vs_home", "least_vs_on_demand")
     figures |= {name: statistics.fmean(each) for name, each in zip(names, zip(*ratios, strict=True), strict=True)}
+    if best:
+        ratios_of_best = [cost / u for cost, u in zip(best, uniform, strict=True)]
+        figures["optimum_vs_uniform_progress"] = statistics.fmean(ratios_of_best)
     print_table(
         f"{title} ({len(cases)} runs)",
         header=("policy", "USD ÷ on-demand", "deadlines missed"),
         rows=[
             *((policy, f"{ratio:.3f}", f"{missed}") for policy, (ratio, missed) in by_policy.items()),
             ("least", f"{figures['least_vs_on_demand']:.3f}", ""),
+            *([("optimum ÷ uniform progress", f"{statistics.fmean(ratios_of_best):.3f}", "")] if best else []),
             ("elastic ÷ uniform progress", f"{figures['ratio_vs_uniform_progress']:.3f}", ""),
             ("elastic ÷ uniform progress at home", f"{figures['ratio_vs_home']:.3f}", ""),
         ],

@@ -49,6 +49,7 @@ GROUPS = (
             "tests/elastic/test_faults.py",
             "tests/elastic/test_soak.py",
             "tests/elastic/test_late_commit.py",
+            "tests/elastic/test_deadline_machines.py",
             "tests/elastic/test_lora.py",
         ),
     ),

@@ -17,7 +17,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from forge.elastic.agent_connections import AgentConnection
@@ -88,6 +88,7 @@ class DeadlineWatch:
         self._spot_s = 0.0
         self._num_losses = 0
         self._spot: set[str] = set()
+        self._sought_since, self._num_spot = math.inf, 0
 
     def close(self) -> None:
         """Drop the limits on the cluster's machines."""
@@ -116,11 +117,11 @@ class DeadlineWatch:
         now = self._clock()
         if now - self._checked_at < _EVERY_S:
             return
-        passed_s = 0.0 if math.isinf(self._checked_at) else now - self._checked_at
-        self._checked_at = now
         worker_s = step_worker_s or self._terms.step_worker_s
         if worker_s is None or state.is_stopping:
             return
+        passed_s = 0.0 if math.isinf(self._checked_at) else now - self._checked_at
+        self._checked_at = now
         worker_s *= self._terms.overhead
         self._judge(now, worker_s=worker_s, num_workers=len(state.assignment), step=step)
         if self._machines is not None:
@@ -178,7 +179,12 @@ class DeadlineWatch:
     def _choose(self, situation: Situation, *, nodes: Mapping[str, _Node]) -> None:
         """Have the machines that the policy chooses."""
         assert self._machines is not None
-        choice = decide("elastic", situation)
+        sought = decide("elastic", situation)
+        # Whether spot machines can be had is known only by asking for them; on-demand ones fill what does not come.
+        num_found = self._num_found(situation, num_sought=sought.num_spot)
+        found = [replace(offer, num_available=num_found) for offer in situation.regions]
+        filled = decide("elastic", replace(situation, regions=found))
+        choice = replace(sought, num_on_demand=filled.num_on_demand)
         if choice != self._choice:
             self._choice = choice
             chosen = {"num_spot": choice.num_spot, "num_on_demand": choice.num_on_demand}
@@ -195,6 +201,16 @@ class DeadlineWatch:
             self._returned.add(name)
             self._placement.replace_node(name, seconds_left=_RETURN_NOTICE_S)
 
+    def _num_found(self, situation: Situation, *, num_sought: int) -> int:
+        """Spot machines that can be had: all that are sought, unless some have not come in time."""
+        if situation.num_spot >= num_sought or situation.num_spot > self._num_spot:
+            self._sought_since = math.inf
+        elif math.isinf(self._sought_since):
+            self._sought_since = situation.now_s
+        self._num_spot = situation.num_spot
+        is_late = situation.now_s - self._sought_since > _START_S
+        return situation.num_spot if is_late else situation.num_nodes
+
     def _situation(self, now: float, *, nodes: Mapping[str, _Node], worker_s: float, step: int) -> Situation:
         terms, known = self._terms, [node for node in nodes.values() if node.usd_per_hour is not None]
         full = max(((node.usd_per_hour or 0.0) + node.saving_usd_per_hour for node in known), default=0.0) or 1.0
@@ -209,7 +225,6 @@ class DeadlineWatch:
             start_s=_START_S,
             interval_s=_EVERY_S,
             on_demand_usd_per_hour=full,
-            # Whether a spot machine can be had is known only by asking for it.
             regions=[RegionOffer(num_available=num_nodes, usd_per_hour=spot)],
             region=0,
             num_spot=sum(node.is_spot for node in nodes.values()),

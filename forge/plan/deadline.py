@@ -36,8 +36,6 @@ _PRIOR_LIFE_S = 3600.0
 _PRIOR_LIVES = 4
 """How many such lives of each machine the prior counts as: the machines of a zone are often lost together, so a few
 losses say little."""
-_MUCH_CHEAPER = 0.8
-"""Of the price here: worth moving for."""
 _LARGEST_RESERVE = 0.5
 """Of the slack that the run began with."""
 
@@ -169,9 +167,22 @@ def _elastic(now: Situation) -> MachineChoice:
         num_spot = min(num_spot, now.num_spot) if region == now.region else 0  # those that run may go on
     if not is_filling:
         return MachineChoice(region=region, num_spot=num_spot, num_on_demand=0)
-    # On-demand machines fill what is missing, and are kept until a spot machine that was started works.
-    missing = now.num_nodes - (min(num_spot, now.num_spot_working) if region == now.region else 0)
-    return MachineChoice(region=region, num_spot=num_spot, num_on_demand=max(0, missing))
+    return MachineChoice(
+        region=region, num_spot=num_spot, num_on_demand=_filling(now, region=region, num_spot=num_spot)
+    )
+
+
+def _filling(now: Situation, *, region: int, num_spot: int) -> int:
+    """Return the on-demand machines that fill what is missing.
+
+    Those that run are kept until a spot machine works in their place. New ones are not rented for spot machines
+    that are starting, since they would work no sooner, unless there is no slack for a loss of those.
+    """
+    working = min(num_spot, now.num_spot_working) if region == now.region else 0
+    missing = now.num_nodes - working
+    if now.slack_s <= 2 * now.start_s + now.interval_s:
+        return missing
+    return max(min(now.num_on_demand, missing), missing - (num_spot - working))
 
 
 def _losses_per_s(now: Situation) -> float:
@@ -190,15 +201,25 @@ def _is_spot_worth_it(now: Situation, *, price: float, is_filling: bool) -> bool
 
 def _best_region(now: Situation) -> int:
     """Choose the region. A move restarts all machines, so another region needs twice as many machines for the run,
-    or as many at a much lower price."""
+    or as many at a price that pays for their start in the time that they can be expected to last."""
 
     def count(i: int) -> int:
         return min(now.num_nodes, now.regions[i].num_available)
 
     best = max(range(len(now.regions)), key=lambda i: (count(i), -now.regions[i].usd_per_hour))
     here, there = count(now.region), count(best)
-    is_cheaper = now.regions[best].usd_per_hour < _MUCH_CHEAPER * now.regions[now.region].usd_per_hour
-    return best if there >= max(1, 2 * here) or (there >= here > 0 and is_cheaper) else now.region
+    if there >= max(1, 2 * here) or (there >= here > 0 and _pays_for_move(now, to=best)):
+        return best
+    return now.region
+
+
+def _pays_for_move(now: Situation, *, to: int) -> bool:
+    """Whether a lower price saves more than the start costs: the machines, and the slack if it is scarce."""
+    price = now.regions[to].usd_per_hour
+    lasts_s = min(1 / _losses_per_s(now), now.work_s - now.done_s)
+    is_scarce = now.slack_s <= _reserve_s(now) + 2 * now.start_s
+    paid = price + now.on_demand_usd_per_hour if is_scarce else price
+    return (now.regions[now.region].usd_per_hour - price) * lasts_s > paid * now.start_s
 
 
 def _reserve_s(now: Situation) -> float:

@@ -31,8 +31,8 @@ def train(home: Path, *arguments: str) -> tuple[dict[str, Any], str]:
     return run, done.stderr
 
 
-def events_of(folder: str, kind: str) -> list[dict[str, Any]]:
-    lines = (Path(folder) / "events.jsonl").read_text().splitlines()
+def events_of(folder: Path, kind: str) -> list[dict[str, Any]]:
+    lines = (folder / "events.jsonl").read_text().splitlines()
     return [event for event in map(json.loads, lines) if event["event"] == kind]
 
 
@@ -41,16 +41,16 @@ def test_train__deadline_and_auto_interval__are_watched_and_survive_a_resume(hom
     changes = ("--set", "checkpoint.every=auto", "--set", "resources.deadline=2h")
     run, said = train(home, "job.yaml", *changes)
     assert "before its deadline" in said
-    (met,) = events_of(run["folder"], "DeadlineForecast")
+    (met,) = events_of(home / run["folder"], "DeadlineForecast")
     assert met["ends_at"] < met["deadline"] and not met["can_rent"]
-    changed = events_of(run["folder"], "CheckpointIntervalChanged")
+    changed = events_of(home / run["folder"], "CheckpointIntervalChanged")
     assert changed and changed[0]["before_s"] == 60 and changed[0]["seconds"] > 90
     assert len(changed) <= 3  # the first from snapshots; the cost of checkpoints may differ from it
 
     longer = ("--set", f"training.total_steps={2 * STEPS}", "--set", "resources.deadline=1s")
     again, said = train(home, "--resume", run["folder"], *longer)
     assert again["step"] == 2 * STEPS  # it is late, and goes on
-    passed = events_of(run["folder"], "DeadlineForecast")[-1]
+    passed = events_of(home / run["folder"], "DeadlineForecast")[-1]
     assert passed["needed_workers"] is None
     assert passed["deadline"] == pytest.approx(met["deadline"] - 7199)  # from the first start
     assert "has passed" in said
