@@ -29,11 +29,28 @@ _MAX_TOKENS = 1 << 24
 """The model's own limit is checked by its engine."""
 
 
-class ChatPrompts:
-    """Encodes conversations, one at a time; usable from any thread and event loop."""
+class LongChatError(ValueError):
+    """A conversation has more tokens than are wanted."""
 
-    def __init__(self, tokenizer: TextTokenizer, *, template: ChatTemplate) -> None:
-        self._setup = json.dumps({"tokenizer": asdict(tokenizer), "template": asdict(template)})
+    def __init__(self, num_tokens: int) -> None:
+        super().__init__(f"the conversation has {num_tokens} tokens")
+        self.num_tokens = num_tokens
+
+
+class ChatPrompts:
+    """Encodes conversations, one at a time; usable from any thread and event loop.
+
+    Args:
+        max_tokens: the ids of a longer conversation, which may take 100 MB, stay in the process.
+    """
+
+    def __init__(self, tokenizer: TextTokenizer, *, template: ChatTemplate, max_tokens: int | None = None) -> None:
+        setup = {
+            "tokenizer": asdict(tokenizer),
+            "template": asdict(template),
+            "max_tokens": max_tokens or _MAX_TOKENS,
+        }
+        self._setup = json.dumps(setup)
         self._process: subprocess.Popen[str] | None = None
         self._lock = threading.Lock()
 
@@ -42,12 +59,14 @@ class ChatPrompts:
     ) -> list[int]:
         """Return the ids of a conversation and of what asks for the next turn of the assistant.
 
-        Raises: ValueError if the template refuses the conversation, or takes too long for it.
+        Raises: ValueError if the template refuses the conversation, or takes too long for it; LongChatError.
         """
         line = json.dumps({"messages": list(messages), "tools": list(tools)})
         answer = await asyncio.to_thread(self._ask, line)
         if "error" in answer:
             raise ValueError(answer["error"])
+        if "num_tokens" in answer:
+            raise LongChatError(answer["num_tokens"])
         ids: list[int] = answer["ids"]
         return ids
 
@@ -113,7 +132,8 @@ def main() -> None:
         given = json.loads(line)
         try:
             found = Conversation(messages=tuple(given["messages"]), tools=tuple(given["tools"]))
-            answer: dict[str, Any] = {"ids": encoder.prompt(found)}
+            ids = encoder.prompt(found)
+            answer: dict[str, Any] = {"ids": ids} if len(ids) <= setup["max_tokens"] else {"num_tokens": len(ids)}
         except ValueError as error:
             answer = {"error": one_line(error)}
         stdout.write(json.dumps(answer) + "\n")

@@ -26,7 +26,7 @@ from forge.serve.calls import (
     TextsCall,
     TokenScore,
 )
-from forge.serve.chat_prompts import ChatPrompts
+from forge.serve.chat_prompts import ChatPrompts, LongChatError
 from forge.serve.engine import ServingEngine
 from forge.serve.http.errors import ApiError
 from forge.serve.http.settings import ServerSettings
@@ -60,11 +60,14 @@ class ModelService:
         self._loaded, self._engine = loaded, engine
         self._batcher = Batcher(self._work)
         template = loaded.chat_template if loaded.kind == "causal-lm" else None
-        self._chats = None if template is None else ChatPrompts(loaded.text_tokenizer, template=template)
+        longest = loaded.max_positions if engine is None else engine.max_length
+        self._chats = None
+        if template is not None:
+            self._chats = ChatPrompts(loaded.text_tokenizer, template=template, max_tokens=longest)
         self.info = ServedModel(
             name=settings.model_name,
             kind=loaded.kind,
-            max_positions=loaded.max_positions if engine is None else engine.max_length,
+            max_positions=longest,
             digest=loaded.digest,
             labels=loaded.labels,
             has_chat_template=template is not None,
@@ -170,11 +173,7 @@ class ModelService:
         assert self._engine is not None
         options, room = call.options, self._engine.max_length - len(prompt)
         if room < 1:
-            raise ApiError(
-                f"the prompt has {len(prompt)} tokens, and the model reads {self._engine.max_length}",
-                code="context_length_exceeded",
-                param="messages" if call.messages else "prompt",
-            )
+            raise self._too_long(call, len(prompt))
         try:
             return self._engine.submit(
                 EngineRequest(
@@ -189,6 +188,13 @@ class ModelService:
             raise ApiError(str(error), status=429, code="queue_full", retry_after_s=error.retry_after_s) from error
         except ArgumentError as error:
             raise ApiError(str(error), code="invalid_value") from error
+
+    def _too_long(self, call: GenerateCall, num_tokens: int) -> ApiError:
+        return ApiError(
+            f"the prompt has {num_tokens} tokens, and the model reads {self.info.max_positions}",
+            code="context_length_exceeded",
+            param="messages" if call.messages else "prompt",
+        )
 
     async def _single(self, call: TextsCall) -> AsyncGenerator[Sequence[TextDelta], None]:
         key = (call.verb, call.options, call.num_candidates)
@@ -253,6 +259,8 @@ class ModelService:
             assert self._chats is not None, "the route requires a template"
             try:
                 return await self._chats.encode(call.messages, tools=call.tools)
+            except LongChatError as error:
+                raise self._too_long(call, error.num_tokens) from error
             except ValueError as error:
                 raise ApiError(str(error), code="invalid_messages", param="messages") from error
         if isinstance(call.prompt, str):

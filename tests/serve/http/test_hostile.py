@@ -7,14 +7,15 @@ import contextlib
 import json
 import socket
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from typing import Any
 
 import httpx
 import pytest
 
-from forge.serve.batcher import Batcher
-from forge.serve.calls import LabelAnswer, VectorAnswer
+from forge.serve.batcher import Batcher, TextBatch
+from forge.serve.calls import TextDelta
+from forge.serve.chat_prompts import LongChatError
 from forge.serve.http.settings import ServerSettings
 from forge.serve.service import ModelService
 from tests.support.serving import LocalBackend, RunningServer, info_of, running, write_causal_lm
@@ -98,13 +99,13 @@ def test_websocket__of_a_page__gets_the_page(server: RunningServer) -> None:
 
 
 class NeverReady:
-    """A backend of embeddings that come when the test ends."""
+    """A backend of embeddings that do not come."""
 
     info = info_of(kind="embedding")
 
-    async def embed(self, texts: Sequence[str]) -> VectorAnswer:
+    async def generate(self, call: Any) -> AsyncGenerator[Sequence[TextDelta], None]:
         await asyncio.sleep(60)
-        raise AssertionError
+        yield []
 
 
 @pytest.mark.slow
@@ -216,29 +217,33 @@ def test_prompt__of_a_megabyte__is_encoded_beside_the_event_loop(
     assert len(set(threads)) == 2
 
 
-class Picky:
-    """A backend that cannot label one of its texts."""
-
-    info = info_of(kind="classification")
-
-    def __init__(self) -> None:
-        self._batcher = Batcher(self._work)
-
-    def _work(self, key: Any, texts: Sequence[str]) -> list[dict[str, str]]:
-        if "bad" in texts:
-            raise RuntimeError("it cannot be labelled")
-        return [{"label": text} for text in texts]
-
-    async def classify(self, texts: Sequence[Any]) -> LabelAnswer:
-        return LabelAnswer(results=tuple(await self._batcher.do(texts)), prompt_tokens=1)
-
-
 def test_batch__of_several_requests__fails_for_the_wrong_one_alone() -> None:
+    def work(key: Any, batch: TextBatch) -> None:
+        if "bad" in batch.texts:
+            raise RuntimeError("it cannot be labelled")
+        for number, text in enumerate(batch.texts):
+            batch.put(TextDelta(index=number, value=text, finish_reason="stop"))
+
     async def run() -> list[Any]:
-        backend = Picky()
-        texts = ["good", "bad", "fine", "well"]
-        return await asyncio.gather(*(backend.classify([text]) for text in texts), return_exceptions=True)
+        batcher = Batcher(work)
+
+        async def ask(text: str) -> list[Any]:
+            return [delta.value async for deltas in batcher.do([text]) for delta in deltas]
+
+        return list(await asyncio.gather(*map(ask, ("good", "bad", "fine", "well")), return_exceptions=True))
 
     found = asyncio.run(run())
     assert isinstance(found[1], RuntimeError)
-    assert [found[at].results[0]["label"] for at in (0, 2, 3)] == ["good", "fine", "well"]
+    assert [found[at] for at in (0, 2, 3)] == [["good"], ["fine"], ["well"]]
+
+
+def test_chat__longer_than_the_model__its_tokens_stay_where_they_were_made(
+    service: ModelService, server: RunningServer
+) -> None:
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "the fox " * 5_000}]}
+    error = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=60, trust_env=False).json()["error"]
+    assert error["code"] == "context_length_exceeded" and error["param"] == "messages"
+    assert "tokens, and the model reads 128" in error["message"]
+    assert service._chats is not None
+    with pytest.raises(LongChatError):
+        asyncio.run(service._chats.encode(body["messages"], tools=()))  # type: ignore[arg-type]
