@@ -115,7 +115,9 @@ def estimate_memory(
     frozen = parameters - trainable - model.num_base_parameters
     snapshot = ((8 if training.ema else 4) * trainable + state.total_bytes + width * frozen) // world_size
     is_offloaded = training.zero.offload == "cpu" and not is_on_host
-    activations = activation_bytes(model, training, micro_batch_size=micro_batch_size, seq_len=seq_len)
+    activations = activation_bytes(
+        model, training, micro_batch_size=micro_batch_size, seq_len=seq_len, is_on_host=is_on_host
+    )
     tokens = micro_batch_size * seq_len
     if teacher is not None:
         # The logits of both, those of the student with their gradient; distributions are made of a chunk at a time.
@@ -150,8 +152,14 @@ def num_copies_in_memory(*, engine: str, world_size: int) -> int:
     return 4 if world_size > 1 else 2
 
 
-def activation_bytes(model: ModelInfo, training: TrainingSpec, *, micro_batch_size: int, seq_len: int) -> int:
+def activation_bytes(
+    model: ModelInfo, training: TrainingSpec, *, micro_batch_size: int, seq_len: int, is_on_host: bool
+) -> int:
     """Return the bytes stored for the backward pass of one micro-batch, logits included.
+
+    What the layers of a model of transformers keep is measured (`forge.model.kept_activations`); where attention
+    is not fused its scores are added: their softmax in fp32, and its copy in the model's precision. Of models that
+    cannot be measured:
 
     Per layer and token, in units of one activation value of hidden size h and MLP size f: the inputs of both norms,
     of q, k, v, of the attention (q, k, v and its output), of the output projection and of the MLP, about 10·h, and
@@ -162,11 +170,14 @@ def activation_bytes(model: ModelInfo, training: TrainingSpec, *, micro_batch_si
     if model.activation_bytes_per_row is not None:
         return micro_batch_size * model.activation_bytes_per_row * width // 4
     tokens = micro_batch_size * seq_len
-    layer = (10 * model.hidden_size + 3 * model.intermediate_size) * width
-    if training.activation_checkpointing:
-        layers = model.num_layers * model.hidden_size * width + layer
-    else:
-        layers = model.num_layers * layer
+    layers = micro_batch_size * model.layer_bytes_per_row.get(training.precision, 0)
+    if not layers:
+        layers = tokens * model.num_layers * (10 * model.hidden_size + 3 * model.intermediate_size) * width
+    if model.stores_scores(is_on_host=is_on_host, seq_len=seq_len):
+        scores = tokens * seq_len * model.num_attention_heads * model.num_layers
+        layers += scores * (4 if width == 4 else 4 + width)
+    if training.activation_checkpointing and model.num_layers:
+        layers = tokens * model.num_layers * model.hidden_size * width + layers // model.num_layers
     # Plain: logits in the model's precision, an fp32 copy, its softmax and gradient; of masked tokens alone where
     # the head allows it. Chunked: one chunk of at most 2**21 logits, plus the fp32 gradient of the head that is
     # summed over chunks.
@@ -176,7 +187,7 @@ def activation_bytes(model: ModelInfo, training: TrainingSpec, *, micro_batch_si
         logits = tokens * (model.num_outputs or model.vocab_size) * (2 * width + 8)
     else:
         logits = 12 * min(2**21, tokens * model.vocab_size) + 4 * model.vocab_size * model.hidden_size
-    return tokens * layers + logits
+    return layers + logits
 
 
 def max_micro_batch_size(

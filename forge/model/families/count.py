@@ -74,6 +74,7 @@ def count_model(model: Any, config: PretrainedConfig, *, data: DataShape, of_sou
         hidden_size=text.hidden_size,
         intermediate_size=_width_of_mlp(text),
         attention_width=heads * (getattr(text, "head_dim", None) or text.hidden_size // heads),
+        num_attention_heads=heads,
         vocab_size=text.vocab_size,
         num_outputs=text.hidden_size if data.auto_class == "AutoModel" else data.num_labels,
         max_seq_len=num_positions(model),

@@ -32,6 +32,7 @@ from forge.model.families.base import BuildOptions, DataShape
 from forge.model.families.count import count_model
 from forge.model.freeze import freeze_parameters
 from forge.model.init import initialise
+from forge.model.kept_activations import kept_bytes_per_row
 from forge.model.look_ahead import probe_forward
 from forge.model.new_head import folder_model, require_same_labels, require_whole_modules
 from forge.model.peft_weights import require_peft_folder
@@ -42,12 +43,8 @@ from forge.model.router_loss import COEFFICIENTS, has_router_loss, require_routi
 from forge.model.seq2seq import parameters_of_sources
 from forge.model.transformers_config import build_config, check_keys, load_config, read_generation
 from forge.model.weight_files import is_downloaded
-from forge.plan.inputs import ModelInfo
+from forge.plan.inputs import PLAIN_ATTENTION_TOKENS, ModelInfo
 from forge.process import one_line
-
-# On CPU torch's fused attention is slower than three plain products up to this many tokens: 1.18 times at
-# 128, 1.08 at 256, 1.07 at 512, 0.70 at 1024 (a training step of a small Llama in bf16, one core).
-_PLAIN_ATTENTION_TOKENS = 512
 
 
 class TransformersFamily:
@@ -71,6 +68,7 @@ class TransformersFamily:
             notes += ("not checked whether it sees later tokens: no small copy of it can be run",)
         notes += _check_router(spec, model)
         notes += _adapt(spec, data, model, device=None)
+        kept = {} if is_seq2seq else kept_bytes_per_row(model, seq_len=data.seq_len)
         info = count_model(
             model, config, data=data, of_sources=parameters_of_sources(config) if is_seq2seq else None
         )
@@ -83,7 +81,8 @@ class TransformersFamily:
             is_positionwise = has_positionwise_head(config, seq_len=data.seq_len, auto_class=data.auto_class)
             info = replace(info, has_positionwise_head=is_positionwise)
         problem = _look_ahead_problem(config, seq_len=data.seq_len) if is_causal and probe.looks_ahead else None
-        return replace(info, notes=notes, look_ahead_problem=problem)
+        attention = "eager" if has_dropout(config) else build_config(spec, data)._attn_implementation
+        return replace(info, notes=notes, look_ahead_problem=problem, layer_bytes_per_row=kept, attention=attention)
 
     def build(self, spec: ModelSpec, data: DataShape, *, options: BuildOptions) -> nn.Module:
         config = build_config(spec, data)
@@ -166,7 +165,7 @@ def _about_adapters(spec: ModelSpec, targets: AdapterTargets, model: nn.Module) 
 
 def build_from_config(config: PretrainedConfig, *, options: BuildOptions, data: DataShape) -> PreTrainedModel:
     """Build a model whose weights have no values yet."""
-    is_short = options.device.type == "cpu" and data.seq_len <= _PLAIN_ATTENTION_TOKENS
+    is_short = options.device.type == "cpu" and data.seq_len <= PLAIN_ATTENTION_TOKENS
     # Fused attention draws its dropout from a stream of its own, which a seed per sample cannot reach.
     if has_dropout(config) or (is_short and config._attn_implementation is None):
         config._attn_implementation = "eager"
