@@ -73,7 +73,7 @@ class Peak:
 def main() -> None:
     """Run every configuration once."""
     parser = benchmark_parser(__doc__, repeats=1)
-    parser.add_argument("--steps", type=int, default=8, help="steps of each run")
+    parser.add_argument("--steps", type=int, default=3, help="steps of each run")
     parser.add_argument("--only", nargs="+", choices=CONFIGURATIONS, default=list(CONFIGURATIONS), metavar="NAME")
     options = parse_options(parser, smallest={"steps": 2, "only": ["defaults"]})
     peaks: dict[str, Peak] = {}

@@ -7,8 +7,8 @@ world size W from the ZeRO stage that shards it. In fp32 under ZeRO 0 the weight
 (`forge.plan.parameter_groups`).
 
 DeepSpeed's own estimators (`estimate_zero2_model_states_mem_needs`, and likewise for ZeRO 3) also count the
-gradients in fp32 during an update, 4Ψ ÷ W bytes, when the activations are gone, and under ZeRO 3 the gradient of
-the largest module; tests/plan/test_memory_deepspeed.py holds every difference.
+gradients in fp32 during an update, 4Ψ ÷ W bytes, here `update_bytes`, when the activations are gone, and under
+ZeRO 3 the gradient of the largest module; tests/plan/test_memory_deepspeed.py holds every difference.
 
 Activations follow Korthikanti et al. (arXiv 2205.05198, equation 2) without attention scores, because torch's
 scaled_dot_product_attention does not store them. They are an estimate (shown with ~); model state is exact up to
@@ -34,6 +34,11 @@ NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 """Of a parameter in 4 bits: for each 64 there is a scale of 8 bits, and for each 256 scales one in fp32.
 
 Source: QLoRA, arXiv 2305.14314, section 3, "Double Quantization"."""
+HOST_ACTIVATIONS = 1.8
+"""Resident memory that activations take on CPU ÷ their bytes: what the C library's allocator does not give back to
+the system, or cannot reuse between micro-batches. Giving it back at once doubles the time of a step in the kernel.
+
+Source: measured, 1.8 in bf16 with micro-batches of 8 and 1; `benchmarks.memory` measures it again."""
 WEIGHT_BYTES = {"bf16": 2, "fp32": 4}
 """Of a parameter, by `training.precision`."""
 MAX_AUTO_MICRO_BATCH = 8
@@ -49,6 +54,8 @@ class MemoryEstimate:
     optimizer_bytes: int
     ema_bytes: int
     activations_bytes: int
+    update_bytes: int = 0
+    """During an update, when activations are gone: gradients in fp32, and on CPU what torch's AdamW divides by."""
     host_bytes: int
     """In host memory: snapshots of this rank, replicas of another node's, and offloaded optimizer state."""
     libraries_bytes: int = 0
@@ -64,8 +71,10 @@ class MemoryEstimate:
     @property
     def total_bytes(self) -> int:
         """What the device must hold."""
-        on_host = self.host_bytes + self.libraries_bytes if self.is_on_host else 0
-        return self.state_bytes + self.activations_bytes + on_host
+        if self.is_on_host:
+            held = round(HOST_ACTIVATIONS * self.activations_bytes) + self.update_bytes
+            return self.state_bytes + held + self.host_bytes + self.libraries_bytes
+        return self.state_bytes + max(self.activations_bytes, self.update_bytes)
 
     def fits(self, memory_bytes: int) -> bool:
         """Whether a device with this much memory can hold it."""
@@ -135,6 +144,7 @@ def estimate_memory(
         optimizer_bytes=0 if is_offloaded else optimizer,
         ema_bytes=0 if is_offloaded else ema,
         activations_bytes=activations,
+        update_bytes=0 if is_offloaded else (master + (4 if is_on_host else 0)) * trainable // shards,
         host_bytes=num_copies * snapshot + (optimizer + ema if is_offloaded else 0),
         libraries_bytes=LIBRARIES_BYTES if is_on_host else 0,
         is_on_host=is_on_host,
