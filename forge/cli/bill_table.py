@@ -8,7 +8,7 @@ from typing import Any
 
 from forge.cli import display
 from forge.plan.bill import Bill, BillChoice
-from forge.plan.candidates import Candidate, describe
+from forge.plan.candidates import NO_MEMORY, WRONG_COUNT, Candidate, describe
 from forge.plan.throughput import Estimate
 from forge.pricing.offer import Offer
 from forge.units import format_duration
@@ -30,6 +30,8 @@ def show_bill(bill: Bill, *, title: str, num_rows: int | None = None) -> None:
     """
     display.heading(title, f"{len(bill.candidates):,} candidates")
     display.facts([(choice.question, _answer(choice)) for choice in bill.choices])
+    if not bill.candidates:
+        display.warning(_no_candidate(bill))
     frontier = bill.frontier
     rows = _thinned(frontier) if num_rows is None else bill.candidates[:num_rows]
     if rows:
@@ -115,6 +117,16 @@ def _answer(choice: BillChoice) -> str:
     if one is None:
         return choice.problem or ""
     return f"{range_text(one.hours, unit='h')}, {range_text(one.usd, unit='USD')}: {describe(one)}"
+
+
+def _no_candidate(bill: Bill) -> str:
+    """Say what would make machines possible."""
+    reasons = [one.reason for one in bill.left_out]
+    options = ["other numbers of resources.workers"] if any(WRONG_COUNT in one for one in reasons) else []
+    if NO_MEMORY in reasons:
+        options += ["more resources.workers", "a higher training.zero.stage", "training.activation_checkpointing"]
+    possible = f"; it may be possible with {' or '.join(options)}" if options else ""
+    return f"no offer can run this job{possible}"
 
 
 def _thinned(frontier: Sequence[Candidate]) -> Sequence[Candidate]:

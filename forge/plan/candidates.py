@@ -34,6 +34,8 @@ from forge.pricing.offer import Offer
 from forge.pricing.offers import CLOUDS
 from forge.pricing.transfer import cloud_of
 
+NO_MEMORY = "the job does not fit in the GPU's memory"
+WRONG_COUNT = "their GPUs cannot be the workers of resources.workers"
 NO_SPOT = "no spot machines, or none with a known price"
 """Why an offer is left out as spot; on demand it may be a candidate."""
 
@@ -158,7 +160,7 @@ class _Shapes:
         world_size = count * offer.num_gpus
         world = world_on_gpu(self.plan, world_size, gpu=gpu)
         if not world.fits:
-            return "the job does not fit in the GPU's memory"
+            return NO_MEMORY
         if offer.num_gpus * world.memory.host_bytes > USABLE_SHARE * offer.memory_gib * 2**30:
             return "the copies of the state do not fit in the machine's memory"
         links = interconnect(gpus_per_node=offer.num_gpus, gbps=offer.inter_node_gbps)
@@ -228,7 +230,7 @@ def find_candidates(
         counts = machine_counts(plan.job.resources, gpus_per_machine=offer.num_gpus, most=max_machines)
         if not counts:
             workers = plan.job.resources.workers
-            reasons.add(offer, f"their GPUs cannot be the workers of resources.workers: {workers}")
+            reasons.add(offer, f"{WRONG_COUNT}: {workers}")
         elif offer.usd_per_hour is None and offer.spot_usd_per_hour is None:
             reasons.add(offer, "no price is known", example=f"{offer.instance} in {offer.place}")
         else:

@@ -102,6 +102,9 @@ def test_show_bill__num_rows__lists_the_cheapest(monkeypatch: pytest.MonkeyPatch
 def test_show_bill__no_candidates__says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     text = shown(bill(OFFERS[3]), monkeypatch, width=100)
     assert "0 candidates" in text and "no price is known" in text
+    assert "! no offer can run this job\n" in text
+    text = shown(bill(OFFERS[2]), monkeypatch, width=100)
+    assert "! no offer can run this job; it may be possible with other numbers of resources.workers" in text
 
 
 def test_plot_lines__marks_the_frontier_and_keeps_to_the_width() -> None:
