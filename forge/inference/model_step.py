@@ -71,7 +71,8 @@ class PackedModel:
         self._like = next(model.parameters())
         self._no_mask = self._like.new_zeros(1, 1, 1, 1)  # models pass a mask of four dimensions on as it is
         self._traced: TracedStep | None = None
-        self._is_single_exact = False
+        self.can_draft = False
+        """Whether several tokens of a text have the same bits in one step as one after another."""
         layers = set(getattr(model.config.get_text_config(), "layer_types", None) or ["full_attention"])
         if not layers <= _KNOWN_LAYERS:
             raise UnsupportedAttention(f"it has layers of {', '.join(sorted(layers - _KNOWN_LAYERS))}")
@@ -90,7 +91,9 @@ class PackedModel:
     def logits(self, step: PlannedStep) -> Tensor:
         positions = [one.num_computed for one in step.decoding]
         tokens = [one.tokens[one.num_computed] for one in step.decoding]
-        named = [one.adapter for one in step.decoding]
+        tokens += step.draft
+        positions += range(sum(positions) + 1, sum(positions) + 1 + len(step.draft))
+        named = [one.adapter for one in step.decoding] * (1 + len(step.draft))
         keep = list(range(len(tokens)))
         at = list(positions)
         for sequence, piece in step.prompts:
@@ -101,19 +104,23 @@ class PackedModel:
                 keep.append(len(tokens) - 1)
         num_kept = len(keep)
         if any(one.is_repeatable for one in (*step.decoding, *(one for one, _ in step.prompts))):
-            padding = self._padding(len(tokens))
+            padding = -len(tokens) % _PAD
             tokens += [0] * padding
             at += [0] * padding
-            keep += keep[-1:] * self._padding(num_kept)
+            keep += keep[-1:] * (-num_kept % _PAD)
         pieces = [piece for _, piece in step.prompts]
-        layout = StepLayout(self.rows, positions=positions, pieces=pieces, like=self._like)
+        layout = StepLayout(
+            self.rows, positions=positions, pieces=pieces, like=self._like, is_one_text=bool(step.draft)
+        )
         if self._adapters is None or not any(named):
             return self._forward(tokens, at, layout, keep=keep, num_kept=num_kept)
         with self._adapters.using(named):
             return self._forward(tokens, at, layout, keep=keep, num_kept=num_kept, may_trace=False)
 
-    def trace(self, held: Sequence[HeldWeight]) -> str | None:
-        """Compute steps without prompts and adapters as a trace, and a single token without padding, if bits stay.
+    def tune(self, held: Sequence[HeldWeight]) -> str | None:
+        """Find out which faster ways of computing a step have the same bits, and use those.
+
+        They are: a trace, for steps without prompts and adapters; several tokens of one text at once (`can_draft`).
 
         Args:
             held: weights that a trace cannot hold itself.
@@ -123,20 +130,19 @@ class PackedModel:
         if self._like.device.type != "cpu":
             return "the model is not on the CPU"
         expected = [self._alone_and_among(count) for count in _PROBE_ROWS]
-        self._is_single_exact = True
-        self._is_single_exact = torch.equal(self._alone_and_among(1), expected[0])
+        problem = None
         try:
             self._traced = self._new_trace(held)
             found = [self._alone_and_among(count) for count in _PROBE_ROWS]
+            if not all(map(torch.equal, found, expected)):
+                problem = "a trace gives other logits"
         except Exception as error:  # of any kind, as tracing runs the model's code in an unusual way
+            problem = one_line(error)
+        if problem is not None:
             self._traced = None
-            return one_line(error)
-        finally:
-            self.rows = Rows()
-        if not all(map(torch.equal, found, expected)):
-            self._traced = None
-            return "a trace gives other logits"
-        return None
+        self.can_draft = torch.equal(self._at_once(), expected[0][1:])
+        self.rows = Rows()
+        return problem
 
     @torch.inference_mode()
     def _new_trace(self, held: Sequence[HeldWeight]) -> TracedStep:
@@ -146,9 +152,6 @@ class PackedModel:
         self._model.requires_grad_(False)  # weights become constants of the trace
         inputs = (torch.tensor([[1, 2, 0, 0]]), torch.tensor([[1, 2, 0, 0]]), torch.tensor([0, 1, 1, 1]))
         return TracedStep(self._compute, rows=self.rows, layout=layout, inputs=inputs, held=held)
-
-    def _padding(self, num_tokens: int) -> int:
-        return 0 if num_tokens == 1 and self._is_single_exact else -num_tokens % _PAD
 
     @torch.inference_mode()
     def _forward(
@@ -206,14 +209,20 @@ class PackedModel:
         found = []
         positions: list[int] = []
         for _ in range(3):
-            padding, num_kept = self._padding(len(tokens)), 1 + self._padding(1)
-            keep = [len(tokens) - 1] * num_kept
+            padding, keep = -len(tokens) % _PAD, [len(tokens) - 1] * _PAD
             layout = StepLayout(self.rows, positions=positions, pieces=pieces, like=self._like)
             logits = self._forward([*tokens, *[0] * padding], [*at, *[0] * padding], layout, keep=keep)
             found.append(logits[0])
             positions, pieces = [length + len(found) - 1 for length in lengths], []
             tokens, at = [len(found)] * count, positions
         return torch.stack(found)
+
+    def _at_once(self) -> Tensor:
+        """The last two of `_alone_and_among(1)`, computed in one step. Shapes: result: float32[2, V]."""
+        self._alone_and_among(1)
+        at = [_PROBE_TOKENS, _PROBE_TOKENS + 1]
+        layout = StepLayout(self.rows, positions=at, pieces=[], like=self._like, is_one_text=True)
+        return self._forward([1, 2, 0, 0], [*at, 0, 0], layout, keep=[0, 1, 1, 1], num_kept=2)
 
     def _probe(self, tokens: list[int], start: int, stop: int) -> Tensor:
         self.rows.resize(num_rows=1, length=2 * _PROBE_TOKENS)

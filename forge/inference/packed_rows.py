@@ -112,15 +112,22 @@ class StepLayout:
         positions: the position of the newest token of row 0, 1, ... A - 1.
         pieces: of prompts; they follow the A tokens in the batch.
         like: a tensor of the model's type and device.
+        is_one_text: the positions are of row 0, each after the other and in the same `ALIGN` positions.
     """
 
     def __init__(
-        self, rows: Rows, *, positions: Sequence[int], pieces: Sequence[PromptPiece], like: Tensor
+        self,
+        rows: Rows,
+        *,
+        positions: Sequence[int],
+        pieces: Sequence[PromptPiece],
+        like: Tensor,
+        is_one_text: bool = False,
     ) -> None:
         self.rows = rows
         self.num_decoding = len(positions)
         self.positions = torch.tensor(positions, dtype=torch.int64, device=like.device)
-        self.indices = torch.arange(self.num_decoding, device=like.device)
+        self.indices = torch.arange(1 if is_one_text else self.num_decoding, device=like.device)
         self.pieces = pieces
         self.length = aligned(max(positions) + 1) if positions else 0
         self._dtype = like.dtype
@@ -240,18 +247,22 @@ def attend_newest(
 ) -> Tensor:
     """Add the first A tokens of a batch to the rows 0 to A - 1, and attend each to its row; other tokens get zeros.
 
-    TorchScript can run it.
+    With one index all of the A tokens are of row 0. TorchScript can run it.
 
-    Shapes: query: [1, H, T, D]; keys, values: of a layer; indices, positions: int64[A];
+    Shapes: query: [1, H, T, D]; keys, values: of a layer; indices: int64[A] or int64[1]; positions: int64[A];
     mask: [A, 1, group, length]; result: [T, H, E].
     """
     num = positions.size(0)
     keys.transpose(1, 2).index_put_([indices, positions], key[0, :, :num].transpose(0, 1))
     values.transpose(1, 2).index_put_([indices, positions], value[0, :, :num].transpose(0, 1))
     groups = query[0, :, :num].transpose(0, 1).reshape(num, key.size(1), -1, query.size(3))
-    read = mask.size(3)
+    held, read = indices.size(0), mask.size(3)
     found = scaled_dot_product_attention(
-        groups, keys[:num, :, :read], values[:num, :, :read], attn_mask=mask, scale=scale
+        groups,
+        keys[:held, :, :read].expand(num, -1, -1, -1),
+        values[:held, :, :read].expand(num, -1, -1, -1),
+        attn_mask=mask,
+        scale=scale,
     )
     found = found.reshape(num, query.size(1), -1)
     padding = query.size(2) - num

@@ -10,6 +10,7 @@ from typing import Literal
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
+from forge.inference.drafts import Drafts
 from forge.inference.sampling import SamplingParams
 
 
@@ -98,6 +99,7 @@ class RunningSequence:
         """Tokens of the prompt that were reused and not computed."""
         self.arrival = 0
         self.text = TextStream(tokenizer, stop=sampling.stop)
+        self.drafts = Drafts()
         self.is_repeatable = is_repeatable
         self.random = Random(f"{sampling.seed}/{index}")
 

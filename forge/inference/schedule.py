@@ -37,6 +37,8 @@ class PlannedStep:
 
     decoding: tuple[RunningSequence, ...]
     prompts: tuple[tuple[RunningSequence, PromptPiece], ...]
+    draft: tuple[int, ...] = ()
+    """Guesses of the tokens after the newest one of the only sequence that decodes; computed with it."""
 
 
 class Schedule:

@@ -13,13 +13,14 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from queue import Empty, SimpleQueue
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from forge.errors import ArgumentError, DivergedError, ForgeError
@@ -29,7 +30,7 @@ from forge.inference.model_step import PackedModel, SeparateModel, StepModel
 from forge.inference.packed_rows import ALIGN, UnsupportedAttention
 from forge.inference.prefixes import Prefixes
 from forge.inference.running import RunningSequence
-from forge.inference.schedule import BatchLimits, Schedule
+from forge.inference.schedule import BatchLimits, PlannedStep, Schedule
 from forge.process import one_line
 from forge.serve.choose import Choice, choose
 from forge.serve.packed_linear import pack_linears
@@ -48,6 +49,7 @@ from forge.serve.stream import EventStream
 _log = logging.getLogger("forge.serve")
 _RATE_S = 10.0
 _RECENT = 1000
+_Events = list[tuple[EventStream | None, TokenEvent | ForgeError]]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -57,6 +59,8 @@ class _Counts:
     completion: int = 0
     finished: int = 0
     cancelled: int = 0
+    drafted: int = 0
+    accepted: int = 0
     first_s: deque[float] = field(default_factory=lambda: deque(maxlen=_RECENT))
     written: deque[tuple[float, int]] = field(default_factory=deque)
 
@@ -89,6 +93,7 @@ class ServingEngine:
             max_rows=self.options.max_rows, cache_tokens=cache_tokens, step_tokens=self.options.step_tokens
         )
         is_packed = isinstance(self._model, PackedModel)
+        self._can_draft = isinstance(self._model, PackedModel) and self._model.can_draft and self.options.may_draft
         self._prefixes = Prefixes(max_tokens=self.options.prefix_tokens if is_packed else 0)
         self._schedule = Schedule(limits=limits, rows=self._model.rows, prefixes=self._prefixes)
         self._inbox: SimpleQueue[list[RunningSequence] | str | None] = SimpleQueue()
@@ -167,6 +172,8 @@ class ServingEngine:
             num_finished=counts.finished,
             num_cancelled=counts.cancelled,
             num_preemptions=self._schedule.num_preemptions,
+            num_drafted=counts.drafted,
+            num_accepted=counts.accepted,
         )
 
     def close(self) -> None:
@@ -213,7 +220,7 @@ class ServingEngine:
 
     def _cancel(self, request_id: str) -> None:
         stream = self._streams.get(request_id)
-        events = []
+        events: _Events = []
         for sequence in [one for one in self._schedule if one.request_id == request_id]:
             self._schedule.remove(sequence)
             self._counts.cancelled += 1
@@ -228,34 +235,65 @@ class ServingEngine:
         step = self._schedule.plan()
         if step is None:
             return
+        step = replace(step, draft=self._draft(step))
         logits = self._model.logits(step)
         self._schedule.computed(step)
         due = [(row, one) for row, one in enumerate(self._schedule.decoding) if one.is_complete]
         if not due:
             return
-        if len(due) < len(logits):
-            logits = logits[[row for row, _ in due]]
-        sequences = [one for _, one in due]
+        if step.draft:
+            events = self._check(step, logits)
+        else:
+            kept = logits if len(due) == len(logits) else logits[[row for row, _ in due]]
+            events = self._write(kept, [one for _, one in due])
+        self._count(events)
+        _deliver(events)
+
+    def _draft(self, step: PlannedStep) -> tuple[int, ...]:
+        """Guess the next tokens of a text that runs alone, as far as it may go."""
+        if len(step.decoding) != 1 or step.prompts or not self._can_draft:
+            return ()
+        [one] = step.decoding
+        if one.num_computed + 1 < len(one.tokens):
+            return ()
+        room = min(one.sampling.max_tokens - one.num_written, self.max_length - len(one.tokens)) - 1
+        return one.drafts.guess(one.tokens, limit=min(room, -len(one.tokens) % ALIGN))
+
+    def _check(self, step: PlannedStep, logits: Tensor) -> _Events:
+        """Write the next token, and one more after each guess that is right."""
+        [sequence] = step.decoding
+        events: _Events = []
+        right = 0
+        for place, guess in enumerate((*step.draft, -1)):
+            events += self._write(logits[place : place + 1], [sequence])
+            if sequence not in self._schedule or sequence.tokens[-1] != guess:
+                break
+            sequence.num_computed += 1
+            right += 1
+        sequence.drafts.checked(len(step.draft), right=right)
+        self._counts.drafted += len(step.draft)
+        self._counts.accepted += right
+        return events
+
+    def _write(self, logits: Tensor, sequences: Sequence[RunningSequence]) -> _Events:
+        """Append a token to each text."""
         chosen = list(zip(sequences, choose(logits, sequences), strict=True))
-        events = [
+        events: _Events = [
             (self._streams.get(one.request_id), self._append(one, choice))
             for one, choice in chosen
             if choice.token_id >= 0
         ]
-        self._count(events)
-        _deliver(events)
-        for one, choice in chosen:
-            if choice.token_id < 0:
-                self._refuse(one)
+        events += [self._refuse(one) for one, choice in chosen if choice.token_id < 0]
+        return events
 
-    def _refuse(self, sequence: RunningSequence) -> None:
+    def _refuse(self, sequence: RunningSequence) -> tuple[EventStream | None, DivergedError]:
         """End the request of a text for which no token can be chosen."""
         for one in [one for one in self._schedule if one.request_id == sequence.request_id]:
             self._schedule.remove(one)
         with self._lock:
             stream = self._streams.pop(sequence.request_id, None)
         text = f"the model's logits after {len(sequence.tokens)} tokens are not numbers: its training has diverged"
-        _deliver([(stream, DivergedError(text))])
+        return stream, DivergedError(text)
 
     def _append(self, sequence: RunningSequence, choice: Choice) -> TokenEvent:
         """Add a token to a text, and take the text out if it ends."""
@@ -285,12 +323,13 @@ class ServingEngine:
             completion_tokens=sequence.num_written,
         )
 
-    def _count(self, events: Sequence[tuple[EventStream | None, TokenEvent]]) -> None:
+    def _count(self, events: _Events) -> None:
         now, counts = time.monotonic(), self._counts
-        counts.written.append((now, len(events)))
+        tokens = [(stream, event) for stream, event in events if isinstance(event, TokenEvent)]
+        counts.written.append((now, len(tokens)))
         while counts.written[0][0] < now - _RATE_S:
             counts.written.popleft()
-        for stream, event in events:
+        for stream, event in tokens:
             if event.completion_tokens == 1:
                 counts.prompt += event.prompt_tokens
                 counts.cached += event.cached_tokens
@@ -311,13 +350,13 @@ def _step_model(model: Any, adapters: ServedAdapters) -> tuple[StepModel, str | 
         packed = PackedModel(model, adapters=adapters)
     except UnsupportedAttention as error:
         return SeparateModel(model, adapters=adapters), str(error)
-    problem = packed.trace(pack_linears(model))
+    problem = packed.tune(pack_linears(model))
     if problem is not None:
         _log.info("steps run as modules of transformers: %s", problem)
     return packed, None
 
 
-def _deliver(events: Iterable[tuple[EventStream | None, TokenEvent | ForgeError]]) -> None:
+def _deliver(events: _Events) -> None:
     """Hand events to the event loops of their streams, with one call per loop."""
     by_loop: dict[asyncio.AbstractEventLoop, list[tuple[EventStream, TokenEvent | ForgeError]]] = {}
     for stream, event in events:

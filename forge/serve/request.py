@@ -38,6 +38,8 @@ class EngineOptions:
     """Tokens of earlier prompts whose keys and values are kept for prompts that begin alike."""
     step_tokens: int = 512
     """Tokens of prompts that are computed before other texts get their next token."""
+    may_draft: bool = False
+    """Let a text that runs alone guess its next tokens; what it becomes is the same."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,6 +101,10 @@ class EngineStats:
     num_finished: int
     num_cancelled: int
     num_preemptions: int
+    num_drafted: int = 0
+    """Tokens that were guessed."""
+    num_accepted: int = 0
+    """Guesses that were right, each of which saved a step."""
 
 
 def require_answerable(

@@ -28,6 +28,7 @@ from transformers import (
 
 from forge.errors import ArgumentError, DivergedError
 from forge.inference.adapters import load_adapters
+from forge.inference.drafts import Drafts
 from forge.inference.model_step import PackedModel
 from forge.inference.sampling import SamplingParams
 from forge.inference.traced_step import TracedStep
@@ -342,13 +343,49 @@ def test_n_texts_of_one_prompt_differ_and_are_counted(engine: ServingEngine) -> 
     assert found[2][-1].cached_tokens == 64
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "sampling",
+    [{}, {"temperature": 0.3, "seed": 5}, {"repetition_penalty": 1.3, "logprobs": 2}, {"stop": ("a",)}],
+)
+def test_a_text_that_guesses_is_the_same_and_takes_fewer_steps(
+    dtype: torch.dtype, sampling: dict[str, Any]
+) -> None:
+    found = []
+    for may_draft in (True, False):
+        model = tiny(LLAMA).model.to(dtype)
+        engine = ServingEngine(tiny(LLAMA, model=model), options=EngineOptions(may_draft=may_draft))
+        wanted = {"max_tokens": 90, "ignore_end": True, **sampling}
+        answers = [asyncio.run(ask(engine, "one", prompt, **wanted)) for prompt in (prompts(1)[0], [1, 2] * 40)]
+        stats = engine.stats()
+        engine.close()
+        found.append([(one.ids, one.text, one.logprobs, one.last) for one in answers])
+        assert stats.num_drafted >= stats.num_accepted
+        assert bool(stats.num_drafted) == may_draft
+        if not sampling:
+            assert bool(stats.num_accepted) == may_draft
+    assert found[0] == found[1]
+
+
+def test_a_guess_ends_at_the_last_token_and_repeats_what_repeats() -> None:
+    drafts = Drafts()
+    assert drafts.guess([5], limit=9) == drafts.guess([5, 6], limit=9) == ()
+    assert drafts.guess([5, 6, 7, 8, 5, 6], limit=9) == (7, 8, 5)
+    drafts.checked(3, right=3)
+    assert drafts.guess([5, 6, 7, 8, 5, 6, 7], limit=9) == (8, 5, 6, 7, 8, 5, 6)
+    assert drafts.guess([5, 6, 7, 8, 5, 6, 7, 8], limit=1) == (5,)
+    drafts.checked(1, right=0)
+    assert drafts.guess([5, 6, 7, 8, 5, 6, 7, 8, 9], limit=9) == ()
+    assert drafts.guess([5, 6, 7, 8, 5, 6, 7, 8, 9, 9, 9], limit=9) == (9, 9, 9)
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mistral-window"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.inference_mode()
 def test_a_traced_step_has_the_bits_of_the_modules(name: str, dtype: torch.dtype) -> None:
     packed = PackedModel(tiny(FAMILIES[name][0]).model.to(dtype))
     modules = PackedModel(packed._model)
-    assert packed.trace(pack_linears(packed._model)) is None
+    assert packed.tune(pack_linears(packed._model)) is None
     for count in (1, 2, 6, 9):
         assert torch.equal(packed._alone_and_among(count), modules._alone_and_among(count)), count
 
@@ -357,13 +394,13 @@ def test_a_model_whose_code_depends_on_values_is_not_traced(monkeypatch: pytest.
     model = tiny(LLAMA).model
     forward = model.model.norm.forward
     monkeypatch.setattr(model.model.norm, "forward", lambda x: forward(x) if x.sum() < 1e9 else x)
-    assert "depends on values" in (PackedModel(model).trace([]) or "")
+    assert "depends on values" in (PackedModel(model).tune([]) or "")
 
 
 def test_a_trace_of_other_logits_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(TracedStep, "__call__", lambda self, inputs, rows, layout: torch.zeros(1, 4, 257))
     packed = PackedModel(tiny(LLAMA).model)
-    assert packed.trace([]) == "a trace gives other logits"
+    assert packed.tune([]) == "a trace gives other logits"
     assert packed._traced is None
 
 
