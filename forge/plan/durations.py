@@ -22,8 +22,15 @@ class WorldHours:
     """Training waits for checkpoints, and the run for the last one."""
     startup_s: float
     """Until the first step."""
+    tasks_s: float = 0.0
+    """Of all scorings of the tasks of `evaluate` together; 0 if it is not known."""
     run_id: str | None = None
     """The former run whose measured speed it is based on; None if it is an estimate alone."""
+
+    @property
+    def beyond_steps_s(self) -> float:
+        """What is added to the steps between the first and the last."""
+        return self.evaluation_s + self.tasks_s + self.checkpoint_s
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,7 +6,8 @@ former run on the same device: the newest with the same step at the same world s
 step, else the newest at the same world size, else the newest. Without one it is 1 on a GPU, and on a CPU its peak,
 as a former run measured it, times an efficiency.
 
-Evaluations, checkpoints, the start and the end of the run are added; preemptions and waiting for machines are not.
+Evaluations, checkpoints, the tasks of `evaluate` (`forge.plan.task_time`), the start and the end of the run are
+added; preemptions and waiting for machines are not.
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ from forge.plan.parameter_groups import OptimizerState, groups_of, optimizer_sta
 from forge.plan.plan import DraftPlan, Plan, WorldSizePlan, plan_world_size
 from forge.plan.space import checkpoint_bytes
 from forge.plan.step_work import step_work_of_job
+from forge.plan.task_time import num_scorings, scoring_s
 from forge.plan.throughput import Estimate, Interconnect, estimate_step, with_uncertainty
-from forge.units import Every
+from forge.units import Every, format_duration
 
 CPU_EFFICIENCY = Estimate(low=0.1, likely=0.35, high=0.6)
 """MFU of a job on CPU whose speed was not measured.
@@ -65,6 +67,8 @@ class FormerRun:
     """Of one evaluation."""
     stall_s: float | None
     """Of one checkpoint."""
+    tasks_s: float | None = None
+    """Of one scoring of its tasks."""
 
 
 def is_same_device(one: HardwareInfo, other: HardwareInfo) -> bool:
@@ -145,10 +149,12 @@ def _world_hours(
     startup_s = next((one.startup_s for one in former if one.startup_s is not None), STARTUP_S)
     ending_s = next((one.ending_s for one in former if one.ending_s is not None), _ENDING_S)
     beyond_s = evaluation_s + checkpoint_s + startup_s + ending_s
+    once_s = scoring_s(plan, step_s=step_s, former=iter(former)) or Estimate(low=0.0, likely=0.0, high=0.0)
+    tasks_s = once_s.scaled(num_scorings(plan, seconds=steps_s.likely))
     hours = Estimate(
-        low=(steps_s.low + _BEYOND_STEPS.low * beyond_s) / 3600,
-        likely=(steps_s.likely + beyond_s) / 3600,
-        high=(steps_s.high + _BEYOND_STEPS.high * beyond_s) / 3600,
+        low=(steps_s.low + _BEYOND_STEPS.low * beyond_s + tasks_s.low) / 3600,
+        likely=(steps_s.likely + beyond_s + tasks_s.likely) / 3600,
+        high=(steps_s.high + _BEYOND_STEPS.high * beyond_s + tasks_s.high) / 3600,
     )
     return WorldHours(
         world_size=world_size,
@@ -157,6 +163,7 @@ def _world_hours(
         evaluation_s=evaluation_s,
         checkpoint_s=checkpoint_s,
         startup_s=startup_s,
+        tasks_s=tasks_s.likely,
         run_id=run.run_id if run is not None else None,
     )
 
@@ -321,8 +328,14 @@ def _notes(
     left_out = "preemptions and waiting for machines"
     if not isinstance(plan, Plan) and plan.job.data.held_out:
         left_out += ", evaluations (the corpus is not prepared)"
-    if plan.job.evaluate is not None:
-        left_out += ", the tasks of evaluate"
+    if plan.job.evaluate is not None and worlds[0].tasks_s == 0:
+        left_out += ", the tasks of evaluate (set evaluate.limit)"
+    elif plan.job.evaluate is not None:
+        num = num_scorings(plan, seconds=worlds[0].step_s * plan.total_steps)
+        first, last = (format_duration(world.tasks_s) for world in (worlds[0], worlds[-1]))
+        yield f"scoring the tasks of evaluate, {num:,} times, takes {first} of it" + (
+            f", with {worlds[-1].world_size} workers {last}" if len(worlds) > 1 else ""
+        )
     if plan.job.training.zero.offload == "cpu" and gpu is not None and not runs:
         left_out += ", the time of training.zero.offload"
     yield f"without {left_out}"

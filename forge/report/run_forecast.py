@@ -51,7 +51,7 @@ def _time_rows(run: RunSummary, goodput: GoodputReport, size: int) -> list[Forec
         _row("wall time", hours_s, goodput.wall_s, forecast=hours_text(world)),
         _row("a step", world.step_s, goodput.ideal_step_s),
         _row("starts", world.startup_s, seconds["starting"]),
-        _row("evaluations", world.evaluation_s, seconds["evaluating"]),
+        _row("evaluations", world.evaluation_s + world.tasks_s, seconds["evaluating"]),
         _row("checkpoints", world.checkpoint_s, seconds["saving"]),
     ]
 

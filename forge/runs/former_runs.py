@@ -52,6 +52,7 @@ def former_runs(root: Path, *, hardware: HardwareInfo | None) -> list[FormerRun]
                         startup_s=_startup_s(run.events),
                         ending_s=_ending_s(run.events, run.last),
                         evaluation_s=_median(run.events, kind="Evaluated", key="seconds"),
+                        tasks_s=_median(run.events, kind="TasksScored", key="seconds"),
                         stall_s=_median(run.events, kind="CheckpointSaved", key="stall_s"),
                     )
                 )
@@ -90,7 +91,9 @@ def _startup_s(events: Sequence[Mapping[str, Any]]) -> float | None:
 def _ending_s(events: Sequence[Mapping[str, Any]], last: Mapping[str, Any]) -> float | None:
     if not events or not last or events[-1]["event"] != "RunFinished":
         return None
-    return max(0.0, float(events[-1]["time"] - last["time"]))
+    scored = (event for event in events if event["event"] == "TasksScored" and event["time"] > last["time"])
+    scoring_s = sum(float(event["seconds"]) for event in scored)
+    return max(0.0, float(events[-1]["time"] - last["time"]) - scoring_s)
 
 
 def _median(events: Sequence[Mapping[str, Any]], *, kind: str, key: str) -> float | None:

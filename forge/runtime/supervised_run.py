@@ -92,7 +92,9 @@ class SupervisedRun:
                 total_steps=self.plan.total_steps,
                 max_workers=self.plan.job.resources.workers.high,
                 step_worker_s=world.step_s * world.world_size if world is not None else None,
-                overhead=1 + (world.evaluation_s + world.checkpoint_s) / steps_s if world is not None else 1.0,
+                overhead=1 + (world.evaluation_s + world.tasks_s + world.checkpoint_s) / steps_s
+                if world is not None
+                else 1.0,
             ),
             placement=placement,
             record_event=record_event,

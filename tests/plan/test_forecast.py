@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from forge.config.evaluate import EvaluateSpec
 from forge.plan.forecast import (
     CPU_EFFICIENCY,
     STARTUP_S,
@@ -130,3 +131,59 @@ def test_plan_to_json__forecast__is_kept_and_left_out_if_there_is_none() -> None
     assert again == with_forecast.forecast
     assert again is not None
     assert all(math.isfinite(world.hours.high) for world in again.worlds)
+
+
+TASK = """\
+name: river
+data: {files: a.jsonl}
+kind: KIND
+prompt: text
+target: text
+metrics: {METRIC: {}}
+"""
+
+
+def with_task(of: Plan, *, every: str = "end", limit: int | None = None, kind: str = "log-likelihood") -> Plan:
+    metric = {"log-likelihood": "perplexity", "generate": "exact_match"}[kind]
+    spec = EvaluateSpec.model_validate({"tasks": ["a.yaml"], "every": every, "limit": limit})
+    text = TASK.replace("KIND", kind).replace("METRIC", metric)
+    return replace(of, job=of.job.model_copy(update={"evaluate": spec}), tasks={"a.yaml": text})
+
+
+def test_forecast__tasks_measured_by_a_run_with_the_same_ones__add_up_by_hand() -> None:
+    made = with_task(plan(**LONG), every="evaluation")
+    without = forecast(plan(**LONG), former=[former(made, step_s={2: 0.4}, tasks_s=7.0)]).worlds[1]
+    found = forecast(made, former=[former(made, step_s={2: 0.4}, tasks_s=7.0)])
+    world = found.worlds[1]
+    assert world.tasks_s == pytest.approx((3 + 1) * 7.0), "three evaluations and the end"
+    assert world.hours.likely - without.hours.likely == pytest.approx(28 / 3600)
+    assert any(note.startswith("scoring the tasks of evaluate, 4 times, takes 28") for note in found.notes)
+    assert plan_from_json(plan_to_json(replace(made, forecast=found))).forecast == found
+    steps = with_task(plan(**LONG), every="1000 steps")
+    assert forecast(steps, former=[former(steps, step_s={2: 0.4}, tasks_s=7.0)]).worlds[1].tasks_s == pytest.approx(
+        70
+    )
+
+
+def test_forecast__tasks_never_measured__by_flops_with_a_wide_range() -> None:
+    run = former(plan(**LONG), step_s={2: 0.4})
+    bare, read, written = (
+        forecast(made, former=[run]).worlds[1]
+        for made in (
+            plan(**LONG),
+            with_task(plan(**LONG), limit=600),
+            with_task(plan(**LONG), limit=600, kind="generate"),
+        )
+    )
+    batch = plan(**LONG).job.training.global_batch_size
+    assert read.tasks_s == pytest.approx(600 * 0.4 / batch * 0.4 / 3)
+    assert written.tasks_s > 2 * read.tasks_s
+    added = [getattr(written.hours, bound) - getattr(bare.hours, bound) for bound in ("low", "likely", "high")]
+    assert added[0] < added[1] / 5 and added[2] > 5 * added[1]
+
+
+def test_forecast__tasks_of_unknown_length__are_left_out_and_said() -> None:
+    made = with_task(plan(**LONG))
+    found = forecast(made, former=[former(plan(**LONG), step_s={2: 0.4})])
+    assert found.worlds[1].tasks_s == 0
+    assert found.notes[-1].endswith("the tasks of evaluate (set evaluate.limit)")
