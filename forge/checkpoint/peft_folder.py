@@ -53,7 +53,7 @@ class PeftFolder:
 def is_peft_folder(source: str) -> bool:
     """Whether a path is that of a folder with adapters, and not of a run."""
     folder = Path(source).expanduser()
-    is_run = (folder / "plan.json").exists()
+    is_run = leads_to_file(folder / "plan.json")
     return "://" not in source and not is_run and leads_to_file(folder / CONFIG_FILE)
 
 

@@ -97,8 +97,9 @@ class RunList:
             self._turn += 1
             now = time.time()
             for number, (key, folder) in enumerate(list(self._folders.items())):
-                row = self._rows.get(key)
+                row, reader = self._rows.get(key), self._readers.get(key)
                 is_hot = row is None or row.status == "running" or now - row.updated < _HOT_S
+                is_hot = is_hot or (reader is not None and reader.has_more)
                 if whole or is_hot or number % _SHARE == self._turn % _SHARE:
                     self._look_at(key, folder)
         finally:

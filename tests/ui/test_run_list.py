@@ -91,6 +91,18 @@ def test_row__read_in_parts__equals_row_of_the_whole_run(tmp_path: Path, is_sear
     assert list_cells(reader.glance) == list_cells(glance.glance_of(read_run(folder)))
 
 
+def test_refresh__many_events__are_read_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    history = lifelike()
+    history.write(tmp_path, search_plan())
+    whole = refreshed(tmp_path).rows()[0].cells
+    monkeypatch.setattr(glance, "_MAX_AT_ONCE", 20)
+    runs = refreshed(tmp_path)
+    assert runs.rows()[0].cells != whole
+    for _ in range(len(history.events) // 20 + 1):
+        runs.refresh()
+    assert runs.rows()[0].cells == whole
+
+
 def test_refresh__plan_or_records_replaced__reads_the_run_from_its_start(tmp_path: Path) -> None:
     folder = make_run(tmp_path, steps=5)
     runs = refreshed(tmp_path)
