@@ -234,8 +234,9 @@ def summary_facts(run: RunSummary, goodput: GoodputReport) -> list[tuple[str, st
         facts.append(("cost", f"{cost['usd']:.2f} USD"))
     facts += [("deadline", deadline_text(event))] if (event := run.newest("DeadlineForecast")) else []
     saved = run.newest("CheckpointSaved")
-    if saved:
-        facts.append(("checkpoint", f"{saved['folder']}"))
+    changed = run.newest("CheckpointIntervalChanged")
+    every = f" (now every {format_duration(changed['seconds'])})" if changed else ""
+    facts += [("checkpoint", f"{saved['folder']}{every}")] if saved else []
     facts.append(("files", f"{run.folder} (report.html, metrics.jsonl, events.jsonl, logs, wandb)"))
     return facts
 

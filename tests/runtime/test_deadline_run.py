@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from forge.runtime.supervised_run import recorded_ends
 from tests.support.command import environment, forge
 from tests.support.elastic import write_job
 
@@ -34,6 +35,15 @@ def train(home: Path, *arguments: str) -> tuple[dict[str, Any], str]:
 def events_of(folder: Path, kind: str) -> list[dict[str, Any]]:
     lines = (folder / "events.jsonl").read_text().splitlines()
     return [event for event in map(json.loads, lines) if event["event"] == kind]
+
+
+def test_recorded_ends__first_record_and_last_event_of_a_kind(tmp_path: Path) -> None:
+    history = tmp_path / "events.jsonl"
+    assert recorded_ends(history, "B") == (None, None)
+    kinds = ("A", "B", "B", "A")
+    lines = [json.dumps({"time": float(at), "event": kind}) for at, kind in enumerate(kinds, start=5)]
+    history.write_text("\n".join(["not json", "[]", *lines, '{"time": 1']))
+    assert recorded_ends(history, "B") == ({"time": 5.0}, {"time": 7.0, "event": "B"})
 
 
 @pytest.mark.slow
