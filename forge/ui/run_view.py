@@ -22,7 +22,7 @@ from forge.report.run_report import bucket_shares, cost_facts, run_figures, run_
 from forge.report.run_series import SeriesBuilder
 from forge.report.search_summary import search_summary
 from forge.report.search_tiles import search_headline, search_tiles
-from forge.report.text import change_rows, goodput_facts, headline
+from forge.report.text import change_rows, goodput_facts, headline, summary_facts
 from forge.report.trial_rows import select_trials, trial_rows
 from forge.runs.glance import is_rewritten, stamps_of
 from forge.runs.goodput import GoodputTracker, moment
@@ -31,6 +31,7 @@ from forge.runs.reader import RunSummary, ending_of, failure_of, read_plan, stat
 from forge.runs.records import RecordReader
 from forge.ui.live import State
 
+_IN_TILES = ("loss", "speed", "wall time", "cost")
 _MAX_CHANGES = 100
 _MAX_TRIALS = 1000
 _MAX_LINES = 200
@@ -195,6 +196,7 @@ class RunView:
             "time": {part.name: [f"{100 * part.share:.1f}", f"{part.seconds:.0f}"] for part in parts},
             "goodput": _facts(goodput_facts(goodput)),
             "cost": _facts(cost_facts(self.run)),
+            "results": _facts(fact for fact in summary_facts(self.run, goodput) if fact[0] not in _IN_TILES),
             "changes": {f"{first + number}": row for number, row in enumerate(changes)},
         }
 

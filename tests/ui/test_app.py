@@ -13,6 +13,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from forge.events import CostUpdated, RunFailed, RunFinished, event_to_record
+from forge.runs.scores import append_score
 from forge.ui import app
 from forge.ui.access import Access, token_access
 from forge.ui.app import Pages, _RunFeed, build_app
@@ -20,7 +21,7 @@ from forge.ui.live import changed, message
 from forge.ui.remote_runs import RemoteRuns
 from forge.ui.run_list import RunList
 from forge.ui.run_view import RunView
-from tests.report.test_run_report import EVIL, eventful
+from tests.report.test_run_report import EVIL, eventful, score
 from tests.support.runs import make_run, metrics
 from tests.support.searches import lifelike, search_plan
 
@@ -229,6 +230,17 @@ def test_feed__steps_appended__sends_points_and_changed_texts_alone(tmp_path: Pa
     assert body["log"] == "half line\n"
     assert body["state"]["tiles"]["step"][0] == "4 of 6" and "events" not in body["state"]
     assert len(message(body)) < 800
+
+
+def test_feed__scores__are_among_the_results(tmp_path: Path) -> None:
+    folder = make_run(tmp_path)
+    _, news = feed_of(tmp_path, folder)
+    results = dict(news()["state"]["results"].values())
+    assert "perplexity 7.39" in results["held out"] and not any(name.startswith("task") for name in results)
+    append_score(folder, score("support"))
+    with (folder / "events.jsonl").open("a") as file:
+        file.write(json.dumps({"time": 2e9, "event": "Unknown"}) + "\n")
+    assert any(name == "task support" and "0.8125" in text for name, text in news()["state"]["results"].values())
 
 
 def test_feed__many_steps_at_once__sends_few_points(tmp_path: Path) -> None:

@@ -237,6 +237,7 @@ const takers = {
   },
   goodput: (key, texts) => takeFact("goodput", key, texts),
   cost: (key, texts) => takeFact("cost", key, texts),
+  results: (key, texts) => takeFact("results", key, texts),
   changes: (key, texts) => takeRow("changes", key, texts, ["number", "", "", "number", "text"]),
   trials: (key, texts) => takeRow("trials", key, texts, ["number", "", "number", "number", "text", "number"]),
   events: (key, [text]) => keepAtEnd(at("events"), () => setText(keyed("events", key, () => addTo("events", make("p", {}))), text)),
