@@ -82,6 +82,8 @@ class PlacementManager:
         """By Ray node id: the agent's name, its handle, its slots."""
         self._leaving: set[str] = set()
         """Ray node ids of nodes that are being drained or will be preempted."""
+        self._at_risk: set[str] = set()
+        """Of these, those that this run itself drains without a deadline, because they may be preempted."""
         self._num_agents = self._num_groups = 0
         self._used: Mapping[str, int] = {}
         self._orphans: dict[str, float] = {}
@@ -133,10 +135,15 @@ class PlacementManager:
         self._wakes.set()
 
     def replace_node(self, node: str, *, seconds_left: float | None) -> None:
-        """Mark a node as draining, so that Ray places nothing new there, and ask for another node."""
+        """Mark a node as draining, so that Ray places nothing new there, and ask for another node.
+
+        Args:
+            seconds_left: until the node ends; None if it may stay, and only another one is to be found.
+        """
         for node_id, (name, _, _) in self._agents.items():
             if name == node and node_id not in self._leaving:
                 self._leaving.add(node_id)
+                self._at_risk |= {node_id} if seconds_left is None else set()
                 self._in_thread(_mark_draining, node_id, seconds_left)
         self._wakes.set()
 
@@ -198,7 +205,8 @@ class PlacementManager:
         for node_id in self._agents.keys() - allocations.keys():
             await self._update(node_id, Allocation(node_id=node_id, num_slots=0, num_guaranteed=0))
         for node_id, seconds_left in draining.items():
-            if node_id in self._agents:  # repeated every time: the node's agent may be a new one
+            is_only_at_risk = seconds_left is None and node_id in self._at_risk  # training goes on there
+            if node_id in self._agents and not is_only_at_risk:  # repeated: the node's agent may be a new one
                 self._on_draining(self._agents[node_id][0], seconds_left)
         num_guaranteed = sum(allocation.num_guaranteed for allocation in allocations.values())
         await self._ask_others(has_minimum=num_guaranteed >= self._low)

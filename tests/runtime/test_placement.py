@@ -1,0 +1,76 @@
+"""What a placement asks of Ray and tells the supervisor, without a cluster."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from forge.runtime import placement
+from forge.runtime.placement import Allocation, PlacementManager
+
+HERE = Allocation(node_id="ray-1", num_slots=1, num_guaranteed=1)
+
+
+class Ray:
+    """Ray's drain requests: node → seconds left, None without a deadline."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.draining: dict[str, float | None] = {}
+        self.announced: list[tuple[str, float | None]] = []
+        self.manager = PlacementManager(
+            run_id="run",
+            low=1,
+            high=1,
+            resource="CPU",
+            start_agent=lambda name, allocation: name,
+            end_agent=lambda handle: None,
+            on_slots_changed=lambda name, allocation: None,
+            on_draining=lambda name, left_s: self.announced.append((name, left_s)),
+        )
+        monkeypatch.setattr(placement, "_draining", lambda: dict(self.draining))
+        monkeypatch.setattr(placement, "_mark_draining", self.draining.__setitem__)
+        monkeypatch.setattr(self.manager, "_shape_groups", lambda: None)
+        monkeypatch.setattr(self.manager, "_allocations", lambda: {"ray-1": HERE})
+
+    async def replace(self, node: str, *, seconds_left: float | None) -> None:
+        self.manager.replace_node(node, seconds_left=seconds_left)
+        await asyncio.gather(*self.manager._calls)
+
+
+def run_with_node(ray: Ray, script: Any) -> list[tuple[str, float | None]]:
+    async def run() -> None:
+        ray.manager.reattach("node", None, HERE)
+        await script()
+
+    asyncio.run(run())
+    return ray.announced
+
+
+def test_replace_node__only_at_risk__is_not_announced_as_leaving(monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = Ray(monkeypatch)
+
+    async def script() -> None:
+        await ray.replace("node", seconds_left=None)
+        assert ray.draining == {"ray-1": None}
+        await ray.manager._reconcile_once()
+
+    assert run_with_node(ray, script) == []
+
+
+def test_replace_node__drained_with_a_deadline_later__is_announced(monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = Ray(monkeypatch)
+
+    async def script() -> None:
+        await ray.replace("node", seconds_left=None)
+        ray.draining["ray-1"] = 30.0
+        await ray.manager._reconcile_once()
+
+    assert run_with_node(ray, script) == [("node", 30.0)]
+
+
+def test_drained_by_others_without_a_deadline__is_announced(monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = Ray(monkeypatch)
+    ray.draining["ray-1"] = None
+    assert run_with_node(ray, ray.manager._reconcile_once) == [("node", None)]
