@@ -14,13 +14,14 @@ def server_record(server: ServerStatus) -> dict[str, Any]:
 
 def server_row(server: ServerStatus) -> tuple[str, ...]:
     found = server.record
-    speed = found.get("tokens_per_s")
+    speed = found.get("tokens_per_s") if server.is_alive else None
+    load = ("replicas", "running", "waiting")
     return (
         server.name,
         server.state,
         str(found.get("url", "")),
         str(found.get("model", "")),
-        *(str(found.get(name, "")) for name in ("replicas", "running", "waiting")),
+        *(str(found.get(name, "")) if server.is_alive else "" for name in load),
         "" if speed is None else f"{speed:.1f}",
     )
 
@@ -42,7 +43,7 @@ def server_facts(server: ServerStatus) -> list[tuple[str, str]]:
         )
         if key in found
     ]
-    if "replicas" not in found:
+    if "replicas" not in found or not server.is_alive:  # the load is that of its last second
         return [row for row in rows if row[1]]
     busy, usd = found["busy_tokens_per_s"], found["usd_per_million_tokens"]
     speed = f"{found['tokens_per_s']:.1f} tokens/s over the last minute"

@@ -55,6 +55,8 @@ class ServerStatus:
 
     @property
     def message(self) -> str:
+        if self.state == "died":
+            return "its process was killed, or the machine has restarted"
         return str(self.record.get("message", ""))
 
 

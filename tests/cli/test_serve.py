@@ -89,6 +89,20 @@ def test_serve_status__servers_that_ended__are_shown(state: Path) -> None:
     assert "does not run" in forge("stop", "one").output
 
 
+def test_serve_status__killed_server__says_so_without_the_load_of_its_last_second(state: Path) -> None:
+    record: dict[str, Any] = {"state": "ready", "message": "16 served log-probabilities", "url": "http://h"}
+    record |= {"model": "m", "replicas": 2, "running": 777, "waiting": 3, "tokens_per_s": 5.5}
+    folder = server_folder("one")
+    folder.mkdir(parents=True)
+    (folder / "status.json").write_text(json.dumps(record))
+    shown = forge("status", "one").stdout
+    assert "died" in shown and "its process was killed" in shown and "log-probabilities" not in shown
+    assert "running" not in shown and "speed" not in shown
+    (folder.parent / "two").mkdir()
+    table = forge("status").stdout
+    assert "777" not in table and "5.5" not in table and "died" in table
+
+
 def test_serve__ctrl_c_before_it_is_ready__says_that_it_stops(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
