@@ -73,6 +73,8 @@ GROUPS = (
     ),
     Group(name="trackers, reports and replays", tests=("tests/runs", "tests/report", "tests/ui", "tests/chaos")),
     Group(name="benchmarks", tests=("tests/benchmarks/test_benchmarks_run.py",)),
+    # Skipped where forge serve --engine vllm has not made vLLM's environment.
+    Group(name="vLLM", tests=("tests/serve/vllm",)),
     # For FORGE_FUZZ_SECONDS per kind of input.
     Group(name="fuzzing", tests=("tests/fuzz", "-mslow or not slow"), limit_s=8 * _FUZZ_S + 1800.0),
     Group(
@@ -83,6 +85,7 @@ GROUPS = (
             "tests/data",
             "tests/cli",
             "tests/serve",
+            "--ignore=tests/serve/vllm",
             "tests/inference",
         ),
     ),

@@ -51,6 +51,7 @@ from forge.serve.http.settings import (
     STATUS,
     UPDATE,
     ServerSettings,
+    claim_address,
     listen_on,
     require_authentication,
     settings_from_json,
@@ -72,6 +73,8 @@ class ModelServer:
     _settings: ServerSettings
     _backend: RayBackend
     _serving: Serving
+    _claim: socket.socket
+    """Held until the process ends."""
 
     def __init__(self, folder: Path, *, address: str | None) -> None:
         self._folder, self._address = folder, address
@@ -88,6 +91,7 @@ class ModelServer:
         try:
             self._settings = settings_from_json((self._folder / SETTINGS).read_text())
             keys = self._keys()
+            self._claim = claim_address(self._settings.host, self._settings.port)
             listener = listen_on(self._settings.host, self._settings.port)
             self._say("starting", "starting Ray")
             self._connect()
@@ -152,6 +156,9 @@ class ModelServer:
         options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
         if self._address is None:
             os.environ.update(NO_METRICS)
+            os.environ.setdefault(
+                "RAY_worker_niceness", "0"
+            )  # Ray's default of 15 starves replicas beside other work
             cpus = max(usable_cpus(), 2 * self._settings.max_replicas)  # an update runs both
             options |= {"num_cpus": cpus, "include_dashboard": False, "object_store_memory": 128 * 2**20}
         try:

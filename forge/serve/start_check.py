@@ -55,7 +55,7 @@ class StartCheck:
     def prepare(cls, loaded: LoadedModel, *, source: str) -> StartCheck:
         """Compute the model's own log-probabilities; before the engine, which changes how the model attends."""
         texts = _held_out(Path(source))
-        name = "held-out text" if texts else "a built-in text, as the run's held-out text is not on this machine"
+        name = "held-out text" if texts else "a built-in text (no held-out text of a run is here)"
         texts = texts or [loaded.encode(_TEXT)[:_MAX_TOKENS]]
         limit = loaded.max_positions or _MAX_TOKENS
         prompts, expected = [], []

@@ -6,6 +6,7 @@ import ipaddress
 import json
 import re
 import socket
+import sys
 from dataclasses import asdict, dataclass, field
 
 from forge.errors import ArgumentError, ClusterError
@@ -107,6 +108,25 @@ def named_host(header: str) -> str:
     """Return the host of a `Host` or `Origin` header, without scheme and port."""
     host = header.partition("://")[2] or header
     return host.rpartition(":")[0] if re.search(r":\d+$", host) else host
+
+
+def claim_address(host: str, port: int) -> socket.socket:
+    """Claim an address for a server that does not listen yet: until one does, several could bind the same.
+
+    Returns: what holds the claim until it is closed.
+    Raises: ClusterError if another server of this machine has it.
+    """
+    claim = socket.socket(socket.AF_UNIX)
+    if sys.platform == "linux":  # a name without a file
+        try:
+            claim.bind(f"\0forge-serve-{host}-{port}")
+        except OSError as error:
+            claim.close()
+            raise ClusterError(
+                f"another server of this machine starts, runs or stops on port {port} of {host} (forge serve "
+                "status); choose another with --port"
+            ) from error
+    return claim
 
 
 def listen_on(host: str, port: int) -> socket.socket:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import sys
 from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
-from forge.errors import ArgumentError
+from forge.errors import ArgumentError, ClusterError
+from forge.process import free_port
 from forge.serve.calls import GenerateCall, ReplicaLostError, TextDelta, TextOptions
 from forge.serve.http import api_keys
 from forge.serve.http.admission import Admission
@@ -36,7 +38,9 @@ from forge.serve.http.generation import Generator, Usage
 from forge.serve.http.rate_limit import RateLimiter
 from forge.serve.http.settings import (
     ServerSettings,
+    claim_address,
     is_loopback,
+    listen_on,
     require_authentication,
     settings_from_json,
     settings_to_json,
@@ -200,6 +204,16 @@ def test_settings__reached_by_others_without_keys__are_refused(host: str) -> Non
     require_authentication(settings, has_keys=True)
     with pytest.raises(ArgumentError, match="forge serve key"):
         require_authentication(settings, has_keys=False)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="abstract sockets are Linux's")
+def test_address__claimed_by_a_server_that_does_not_listen_yet__is_refused() -> None:
+    port = free_port("127.0.0.1")
+    with claim_address("127.0.0.1", port), listen_on("127.0.0.1", port):
+        with pytest.raises(ClusterError, match=f"another server .* on port {port} of 127.0.0.1"):
+            claim_address("127.0.0.1", port)
+        claim_address("127.0.0.1", free_port("127.0.0.1")).close()
+    claim_address("127.0.0.1", port).close()
 
 
 def test_settings__json__round_trip() -> None:

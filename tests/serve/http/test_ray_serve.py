@@ -80,6 +80,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     root = tmp_path_factory.mktemp("serving")
     before = dict(os.environ)
     os.environ |= {"FORGE_STATE": str(root / "state"), "FORGE_USD_PER_HOUR": "0.5"}
+    os.environ.pop("RAY_worker_niceness", None)  # which tests set
     settings = ServerSettings(
         name="test",
         source=str(write_causal_lm(root / "model")),
@@ -117,6 +118,10 @@ async def ask(client: openai.AsyncOpenAI, **changes: Any) -> str:
         return str(error.status_code)
     assert answer.usage is not None and answer.usage.completion_tokens == changes.get("max_tokens", 16)
     return "ok"
+
+
+def test_replicas__beside_other_work__have_the_priority_of_other_programs(served: Served) -> None:
+    assert [replica.nice() for replica in served.replicas] == [os.nice(0)] * 2
 
 
 def test_server__its_listening_ports__loopback_or_token(served: Served) -> None:
