@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from forge.events import CheckpointSaved, GenerationStarted, RunFinished
+from forge.plan.inputs import HardwareInfo
+from forge.plan.plan import plan_to_json
 from forge.runs.former_runs import former_runs
-from tests.support.jobs import CPU
+from tests.support.jobs import CPU, tiny_plan
 from tests.support.runs import make_run
 
 
@@ -36,3 +39,12 @@ def test_former_runs__too_few_steps_no_end_damaged_or_another_device__give_nothi
     (run,) = former_runs(tmp_path, hardware=CPU)
     assert (run.step_s, run.peak_flops, run.ending_s) == ({}, None, None)
     assert former_runs(tmp_path / "absent", hardware=CPU) == []
+
+
+def test_former_runs__any_gpu__leaves_out_cpus(tmp_path: Path) -> None:
+    make_run(tmp_path, steps=8, endings=endings(8))
+    on_gpu = make_run(tmp_path, "tiny-0101-000001-abcd", steps=8, endings=endings(8))
+    hardware = HardwareInfo(device="cuda", name="NVIDIA L4", memory_bytes=2**34, peak_flops=121e12)
+    (on_gpu / "plan.json").write_text(plan_to_json(replace(tiny_plan(), hardware=hardware)))
+    (run,) = former_runs(tmp_path, hardware=None)
+    assert run.plan.hardware == hardware
