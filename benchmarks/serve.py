@@ -105,7 +105,8 @@ def measure(start: Start, *, clients: Sequence[int], seed: int) -> list[LoadResu
     loads += [(number, seed * 100 + number, max(8, 2 * number)) for number in clients]
     if start.contender == ENGINE:
         request = {"model": str(start.model), "dtype": "bf16", "max_tokens": MAX_TOKENS, "loads": loads}
-        command = ["env", "GOMP_SPINCOUNT=2000", *module("bare_engine", request)]  # as in a replica
+        as_in_replica = ["env", "GOMP_SPINCOUNT=2000", "MKL_CBWR=AUTO"]
+        command = [*as_in_replica, *module("bare_engine", request)]
         with running(command, folder=start.folder, threads=start.threads) as program:
             if program.process.wait():
                 raise RuntimeError(program.last_words())

@@ -86,6 +86,7 @@ class ModelReplica:
         # Ray has set 1, the number of CPUs that the replica reserves.
         os.environ["OMP_NUM_THREADS"] = threads or str(max(1, usable_cpus() // settings.max_replicas))
         os.environ.setdefault("GOMP_SPINCOUNT", str(_SPINS))
+        os.environ.setdefault("MKL_CBWR", "AUTO")  # bits of a product do not depend on which thread computes it
         _log.warning("torch computes with %s threads", os.environ["OMP_NUM_THREADS"])
         from forge.serve.service import ModelService
 
