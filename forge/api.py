@@ -33,6 +33,7 @@ from forge.remote.mirror import find_run_handle
 from forge.remote.submit import RemoteTarget, preflight, resolve_remote, submit
 from forge.report.progress_lines import ProgressLines
 from forge.report.search_summary import SearchSummary, no_result_error, search_summary
+from forge.runs.alerts.check_command import command_warnings, require_command
 from forge.runs.checkpoints import CheckpointEntry, best_checkpoint, embedding_of
 from forge.runs.create import create_run, reopen_run, require_regular, require_same_curve, resumed_plan
 from forge.runs.former_runs import former_runs
@@ -197,7 +198,7 @@ def plan_job(
     """
     plan = with_space(resolve_draft(_loaded(job), on_progress=on_progress), must_fit=False)
     plan = with_own_cost(plan)
-    return replace(plan, warnings=plan.warnings + package_warnings(plan.job.tracking))
+    return replace(plan, warnings=plan.warnings + package_warnings(plan.job.tracking) + command_warnings(plan.job))
 
 
 def price_job(
@@ -286,6 +287,7 @@ def start(
         loaded = with_data_folder(with_run_code(loaded, run_folder=resume), run_folder=resume)
     target = _target(cluster, resume)
     require_credentials(loaded)
+    require_command(loaded, resume=resume, is_local=target is None)
     if target is None:
         require_packages(loaded)
         plan = with_space(resolve(loaded, on_progress=on_progress), run_folder=resume, must_fit=True)

@@ -451,6 +451,33 @@ class TrackingDegraded:
     """What happened, and where the steps are."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AlertSent:
+    """A receiver of `alerts:` took a message."""
+
+    receiver: str
+    """`webhook`, `command` or `W&B`."""
+    kind: str
+    """Of `alerts.on`."""
+    text: str
+    count: int
+    """How many alerts of the kind the message is about."""
+    until: float
+    """Time of the last of them, in seconds since the epoch: none up to then is sent again."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AlertNotSent:
+    """A receiver of `alerts:` did not take a message, which is not sent again; the run continues."""
+
+    receiver: str
+    kind: str
+    text: str
+    count: int
+    until: float
+    reason: str
+
+
 # Search
 
 
@@ -583,6 +610,8 @@ Event = (
     | SampleGenerated
     | SampleFailed
     | TrackingDegraded
+    | AlertSent
+    | AlertNotSent
     | TrialSuggested
     | TrialStarted
     | TrialReported

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from forge.cli import display
 from forge.cli.data_view import show_examples
 from forge.plan.plan import DraftPlan, WorldSizePlan
+from forge.report.alerts_text import alert_facts
 from forge.report.text import headline, plan_facts, search_facts
 from forge.units import format_bytes, format_duration
 
@@ -18,7 +19,7 @@ def show_plan(plan: DraftPlan, *, to_stderr: bool = False) -> None:
     """Print what a job will do: its size, its facts, batch and memory at every number of workers, and examples."""
     console = display.ERR if to_stderr else display.OUT
     display.headline(plan.job.name, headline(plan), console=console)
-    display.facts([*plan_facts(plan), *search_facts(plan)], console=console)
+    display.facts([*plan_facts(plan), *search_facts(plan), *alert_facts(plan)], console=console)
     columns = ["#workers", "#micro", "#accum.", "#pad", "#weights", "#grads", "#states", "#host", "#~total"]
     rows = []
     hours = {world.world_size: world.hours for world in plan.forecast.worlds} if plan.forecast else {}

@@ -172,6 +172,8 @@ class TrainScreen(LiveScreen):
                 self.warn(f"skipped {event['folder']}: {event['reason']}")
             case "TrackingDegraded":
                 self.warn(event["reason"])
+            case "AlertNotSent":
+                self.warn(f"the {event['receiver']} of alerts did not take '{event['text']}': {event['reason']}")
         self._describe(event)
 
     def _show_evaluation(self, event: dict[str, Any]) -> None:

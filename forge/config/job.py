@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from pydantic import Field, field_validator, model_validator
 
+from forge.config.alerts import AlertsSpec, alert_problems
 from forge.config.checkpoint_path import tokenizer_of
 from forge.config.classification import LabelsSpec
 from forge.config.data import DataSpec, TokenizerSpec
@@ -57,6 +58,9 @@ class JobSpec(Section):
     tracking: TrackingSpec = TrackingSpec()
     """Experiment tracking besides `metrics.jsonl`."""
 
+    alerts: AlertsSpec | None = None
+    """Messages when the run needs attention or is over."""
+
     search: SearchSpec | None = None
     """Hyperparameter search with `forge tune`: many trials instead of one run."""
 
@@ -100,6 +104,11 @@ class JobSpec(Section):
         if self.search is not None and self.resources.deadline is not None:
             problem = "is for single runs; a search ends by search.max_hours"
             yield FieldError("resources.deadline", problem, depends_on=("search",))
+        if self.alerts is not None:
+            is_search = self.search is not None
+            yield from alert_problems(
+                self.alerts, resources=self.resources, tracking=self.tracking, is_search=is_search
+            )
         if self.code is None:
             problem = "names a class of your own; add the folder it is in, such as 'code: ./src'"
             for key, reference in self.user_classes.items():

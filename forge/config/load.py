@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from forge.code_archive import PackedCode
+from forge.config.alerts import webhook_in_file_problem, webhook_problem
 from forge.config.cluster import SECTIONS, ClusterSpec
 from forge.config.data import DataSpec
 from forge.config.errors import field_errors
@@ -115,7 +116,12 @@ def load_job_text(text: str, *, path: str, overrides: Sequence[str] = ()) -> Loa
     source = map_source(root, path=path)
     job = _validated(root, JobSpec, source=source, errors=errors)
     job = with_home_folders(job, fail=source.error)
-    return LoadedJob(job=job, source=source, templates=templates_of(root))
+    templates = templates_of(root)
+    if job.alerts is not None and job.alerts.webhook is not None:
+        check = webhook_problem if "/alerts/webhook" in templates else webhook_in_file_problem
+        if problem := check(job.alerts.webhook):
+            raise source.error("alerts.webhook", problem, show_value=False)
+    return LoadedJob(job=job, source=source, templates=templates)
 
 
 def load_cluster(path: str | Path) -> ClusterSpec:

@@ -45,7 +45,8 @@ class SourceMap:
         """Return a JobFileError with the line of `key` or, if the file does not have it, of its section."""
         own = self.locations.get(key)
         location = own or self._nearest_location(key)
-        is_shown = show_value and own is not None and own.is_scalar and not is_secret(key.rpartition(".")[2])
+        is_hidden = is_secret(key.rpartition(".")[2]) or key == "alerts.webhook"
+        is_shown = show_value and own is not None and own.is_scalar and not is_hidden
         return JobFileError(
             problem,
             path=self.path if location.line is not None else "--set",

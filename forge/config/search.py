@@ -238,7 +238,7 @@ class SearchSpec(Section):
 
     def _problem_of(self, key: str, entry: ParameterSpec) -> FieldError | None:
         where = f"space.{key}"
-        if key.split(".")[0] in ("search", "name", "resources", "checkpoint", "tracking"):
+        if key.split(".")[0] in ("search", "name", "resources", "checkpoint", "tracking", "alerts"):
             return FieldError(where, "cannot be searched: it does not affect the result of the training")
         if entry.grid is not None and self.searcher.kind != "grid":
             problem = "grid requires searcher: {kind: grid}; otherwise use choice"

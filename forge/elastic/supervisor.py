@@ -336,6 +336,7 @@ class Supervisor:
             self._record_event(self._meter.cost())
         if not self.state.is_stopping and (violation := self._meter.violation()):
             self._stop_reason = violation
+            self._record_event(self._meter.cost())
             self.stop()
 
     # --- actions

@@ -12,6 +12,8 @@ import json
 import os
 import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +35,15 @@ from forge.events import (
     TrialSuggested,
     event_to_record,
 )
+from forge.plan.plan import Plan
 from forge.redact import redacted_values
+from forge.runs.alerts.run_alerts import RunAlerts, start_alerts
 from forge.runs.patient_file import PatientFile, open_whole_lines
 from forge.runs.records import EVENTS, METRICS, RecordReader, last_step_of
 from forge.runs.trackers.base import RunStatus, TrackedRun
 from forge.runs.trackers.feed import TrackerFeed
 from forge.runs.trackers.registry import build_trackers
-from forge.runs.trackers.wandb_tracker import end_wandb
+from forge.runs.trackers.wandb_tracker import WandbTracker, end_wandb
 
 # How long the trackers may take at the end of a run for what they do not have yet.
 _TRACKERS_END_S = 90.0
@@ -83,6 +87,8 @@ class Recorder:
         )
         self._feeds: list[TrackerFeed] | None = None
         """None until the trackers are started."""
+        self._alerts: RunAlerts | None = None
+        self._has_wandb_alerts = False
         self._status: RunStatus = "finished"
         self._lock = threading.Lock()
         """Of the files, in which the trackers' threads record what fails."""
@@ -93,6 +99,13 @@ class Recorder:
         self._events = PatientFile(folder / EVENTS)
         self._metrics = PatientFile(folder / METRICS)
         self.last_step = last_recorded_step(folder)
+
+    def start_alerts(self, plan: Plan) -> None:
+        """Send the alerts of the job, also those that were recorded before and not sent."""
+        self._alerts = start_alerts(
+            plan, folder=self._run.folder, record=self._record_alert, call_wandb=self._call_wandb
+        )
+        self._has_wandb_alerts = plan.job.alerts is not None and plan.job.alerts.wandb
 
     def connect(self) -> None:
         """Start the trackers that the job names; they get every step that they do not have yet.
@@ -117,6 +130,8 @@ class Recorder:
         if isinstance(event, _FSYNCED):
             # After a power cut the newest checkpoint must not be ahead of the recorded steps.
             self._sync()
+        if self._alerts is not None:
+            self._alerts.wake()
 
     def step(self, metrics: StepMetrics) -> None:
         """Write one step; if it is already recorded, write a StepRepeated event instead."""
@@ -133,12 +148,17 @@ class Recorder:
             self.connect()
         for feed in self._feeds or ():
             feed.wake()
+        if self._alerts is not None:
+            self._alerts.wake()
 
     def close(self, *, exit_code: int) -> None:
-        """End the trackers' runs once they have every step, or after a time limit; a second call does nothing."""
+        """Send the last alerts and end the trackers' runs, within a time limit; a second call does nothing."""
         self._sync()
-        if self._feeds is None and self.last_step:
+        if self._feeds is None and (self.last_step or self._has_wandb_alerts):
             self.connect()  # the process before this one may have been killed before it had sent everything
+        alerts, self._alerts = self._alerts, None
+        if alerts is not None:
+            alerts.close()
         feeds, self._feeds = self._feeds or (), []
         for feed in feeds:
             feed.begin_end("failed" if exit_code else self._status, timeout_s=_TRACKERS_END_S)
@@ -149,6 +169,18 @@ class Recorder:
         """Record why a tracker is degraded; called on the tracker's thread."""
         with contextlib.suppress(OSError):  # the next record meets the same error, and the run ends with it
             self.event(TrackingDegraded(reason=reason))
+
+    def _record_alert(self, event: Event) -> None:
+        """Record an alert; called on the threads of the alerts."""
+        with contextlib.suppress(OSError):  # as in _report
+            self.event(event)
+
+    def _call_wandb(self, action: Callable[[WandbTracker], None]) -> Future[None]:
+        """Let W&B's tracker do something; it is started with the first step."""
+        feed = next((feed for feed in self._feeds or () if feed.name == WandbTracker.name), None)
+        if feed is None:
+            raise RuntimeError("W&B has not been started: there is no step yet")
+        return feed.call(action)
 
     def _write(self, file: PatientFile, record: dict[str, Any]) -> None:
         line = json.dumps(redacted_values(record, os.environ), allow_nan=False)

@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 import traceback
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ from forge.events import (
 from forge.plan.plan import Plan, plan_from_json, plan_to_json
 from forge.process import first_line
 from forge.redact import redact_output
+from forge.runs.alerts.run_alerts import start_alerts
 from forge.runs.reader import LOCK, error_named, read_run
 from forge.runs.recorder import append_event, last_recorded_step
 from forge.runs.secrets import credentials
@@ -290,6 +292,11 @@ class Driver:
             for event in missing:
                 if not any(event_to_record(event).items() <= items for items in written):
                     append_event(self._folder, event)
+            if hasattr(self, "_plan"):
+                record = partial(append_event, self._folder)
+                alerts = start_alerts(self._plan, folder=self._folder, record=record)
+                if alerts is not None:
+                    alerts.close()
 
     def _record_kill(self, kill: KilledForMemory) -> None:
         self._kills.append(kill)

@@ -35,6 +35,7 @@ class RecorderActor:
         self._recorder = Recorder(
             Path(run_folder), run_id=run_id, tracking=plan.job.tracking, config=written_job(plan)
         )
+        self._recorder.start_alerts(plan)
         self._stop = False
 
     def event(self, event: Event) -> bool:

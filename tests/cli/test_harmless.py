@@ -27,6 +27,7 @@ from forge.cli.trials_screen import TuneScreen
 from forge.cluster.base import ClusterStatus, NodeProgress
 from forge.errors import ForgeError
 from forge.events import (
+    AlertNotSent,
     CheckpointSkipped,
     Event,
     MembershipChangeStarted,
@@ -145,6 +146,7 @@ class TestScreens:
             RunStarted(run_id=NAME, total_steps=6, resumed_from_step=0),
             MembershipChangeStarted(cause="loss", reason=POISON, generation=1, seconds_since_cause=0.0),
             TrackingDegraded(reason=POISON),
+            AlertNotSent(receiver=POISON, kind=POISON, text=POISON, count=1, until=0.0, reason=POISON),
             CheckpointSkipped(folder=POISON, reason=POISON),
             TrialSuggested(trial=1, values={"data.files": POISON}),
             TrialEnded(trial=1, status="failed", step=0, value=None, reason=POISON),

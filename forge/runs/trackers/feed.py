@@ -10,7 +10,8 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -41,12 +42,20 @@ class TrackerFeed:
         self._ending: tuple[RunStatus, float] | None = None
         """How the run ended, and when to give up."""
         self._has_failed = False
+        self._actions: deque[tuple[Callable[[Any], None], Future[None]]] = deque()
         self._thread = threading.Thread(target=self._feed, name=f"tracker {tracker.name}", daemon=True)
         self._thread.start()
 
     def wake(self) -> None:
         """Let the thread read the new records."""
         self._news.set()
+
+    def call(self, action: Callable[[Any], None]) -> Future[None]:
+        """Let the thread call a function with its tracker, between two rows, while the tracker is started."""
+        done: Future[None] = Future()
+        self._actions.append((action, done))
+        self._news.set()
+        return done
 
     def begin_end(self, status: RunStatus, *, timeout_s: float) -> None:
         """Say that the run is over. What the tracker has not taken `timeout_s` later is left in `metrics.jsonl`."""
@@ -91,6 +100,7 @@ class TrackerFeed:
                 self._tracker.send(rows)
                 self.num_sent += len(rows)
                 self._has_failed = False
+            self._act()
             if ending is not None:
                 self._tracker.finish(ending[0], records.last_events())
                 self.is_complete = True
@@ -98,6 +108,18 @@ class TrackerFeed:
             self._news.wait()
             while self._ending is None and (left := began + self._tracker.pause_s - time.monotonic()) > 0:
                 time.sleep(min(left, 0.1))
+
+    def _act(self) -> None:
+        while self._actions:
+            action, done = self._actions.popleft()
+            if not done.set_running_or_notify_cancel():
+                continue
+            try:
+                action(self._tracker)
+            except Exception as error:
+                done.set_exception(error)
+            else:
+                done.set_result(None)
 
     def _report_once(self, error: Exception) -> None:
         """Report the first of several failures in a row."""

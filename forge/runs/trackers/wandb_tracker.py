@@ -74,6 +74,16 @@ class WandbTracker:
             self._tracker.log(values, step=step, commit=True)
             self._next_step = step + 1
 
+    def alert(self, *, title: str, text: str, level: str) -> None:
+        """Send a W&B alert: to the server at once, or with `wandb sync`.
+
+        Args:
+            level: `INFO`, `WARN` or `ERROR`.
+        """
+        if self._tracker is None:
+            self._open()
+        self._tracker.alert(title=title, text=text, level=level, wait_duration=0)
+
     def finish(self, status: RunStatus, events: Sequence[str]) -> None:
         if self._tracker is None:
             return
