@@ -38,7 +38,7 @@ class EngineOptions:
     """Tokens of earlier prompts whose keys and values are kept for prompts that begin alike."""
     step_tokens: int = 512
     """Tokens of prompts that are computed before other texts get their next token."""
-    may_draft: bool = False
+    may_draft: bool = True
     """Let a text that runs alone guess its next tokens; what it becomes is the same."""
 
 
