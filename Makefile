@@ -6,7 +6,7 @@ PYTHON ?= python3.11
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 
-.PHONY: setup tools train test check soak fixtures docs bench prices lock sbom audit clean
+.PHONY: setup tools train test check soak fixtures docs bench gpu-check prices lock sbom audit clean
 
 setup: .venv/setup-done
 
@@ -49,6 +49,10 @@ docs: setup
 
 bench: setup
 	for name in data cold_start throughput checkpoint kills; do $(BIN)/python -m benchmarks.$$name || exit 1; done
+
+# Tests, speed, memory and recovery on one GPU, in eight minutes; gpu.json has every answer so far at any time.
+gpu-check: setup
+	$(BIN)/python -m benchmarks.gpu --json gpu.json
 
 # The price list that forge ships, from the clouds' prices of today; needs what `forge prices --refresh` needs.
 prices: setup

@@ -82,17 +82,20 @@ def train_to_end(job: Path, *arguments: str, environment: Mapping[str, str]) -> 
 
 
 @contextlib.contextmanager
-def running(command: Sequence[str], *, folder: Path, threads: int | None = 1) -> Iterator[Program]:
+def running(
+    command: Sequence[str], *, folder: Path, threads: int | None = 1, device: str = "cpu"
+) -> Iterator[Program]:
     """Run a program in its own session; at the end kill all processes that it started.
 
     Args:
         folder: for its temporary files, forge's state and cache, its `answer` (stdout) and `log` (stderr).
         threads: of torch; None: one for each core.
+        device: that DeepSpeed uses, `cpu` or `cuda`.
     """
     mark = secrets.token_hex(8)
     environment = os.environ | {
         _MARK: mark,
-        "DS_ACCELERATOR": "cpu",
+        "DS_ACCELERATOR": device,
         "FORGE_CACHE": str(folder / "cache"),
         "FORGE_STATE": str(folder / "state"),
         "GLOO_SOCKET_IFNAME": "lo",

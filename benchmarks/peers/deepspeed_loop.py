@@ -4,7 +4,7 @@
 
 REQUEST is JSON: model, vocab_size, seq_len, micro_batch_size, lr, warm_up, steps, fused, attention. Rank 0
 prints `{"tokens_per_s": ...}` as its last line. `fused` takes torch's fused AdamW instead of its default
-one; `attention` is transformers' `sdpa` (its default) or `eager`.
+one; `attention` is transformers' `sdpa` (its default) or `eager`. With `DS_ACCELERATOR=cuda` it runs on GPUs.
 """
 
 from __future__ import annotations
@@ -12,19 +12,21 @@ from __future__ import annotations
 import json
 import os
 import sys
-import time
 
-os.environ["DS_ACCELERATOR"] = "cpu"
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import deepspeed
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from benchmarks.peers.stopwatch import now
+
 
 def main() -> None:
     request = json.loads(sys.argv[1])
     torch.set_num_threads(1)
-    deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
+    on_gpu = os.environ["DS_ACCELERATOR"] == "cuda"
+    deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", auto_mpi_discovery=False)
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     vocab_size, seq_len, micro = request["vocab_size"], request["seq_len"], request["micro_batch_size"]
     config = AutoConfig.for_model(**request["model"], vocab_size=vocab_size, max_position_embeddings=seq_len)
@@ -49,13 +51,13 @@ def main() -> None:
     began = 0.0
     for step in range(request["warm_up"] + request["steps"]):
         if step == request["warm_up"]:
-            began = time.perf_counter()
+            began = now()
         first = (step * world_size + rank) * micro % (len(tokens) - micro)
-        batch = tokens[first : first + micro]
+        batch = tokens[first : first + micro].to(engine.device)
         loss = engine(input_ids=batch, labels=batch, use_cache=False).loss
         engine.backward(loss)
         engine.step()
-    seconds = time.perf_counter() - began
+    seconds = now() - began
     if rank == 0:
         print(json.dumps({"tokens_per_s": request["steps"] * micro * world_size * seq_len / seconds}), flush=True)
 

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
+from benchmarks.peers.stopwatch import now
 from benchmarks.peers.trainer_arguments import require_engine, trainer_arguments
 
 
@@ -40,9 +40,9 @@ class Stopwatch(TrainerCallback):  # type: ignore[misc]
 
     def on_step_end(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
         if state.global_step == self._first:
-            self._began = time.perf_counter()
+            self._began = now()
         if state.global_step == self._last:
-            self.seconds = time.perf_counter() - self._began
+            self.seconds = now() - self._began
 
 
 def main() -> None:

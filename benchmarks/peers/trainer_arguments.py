@@ -1,8 +1,9 @@
-"""Arguments of the transformers Trainer (and TRL's) on CPU, with DeepSpeed or with DistributedDataParallel.
+"""Arguments of the transformers Trainer (and TRL's), with DeepSpeed or with DistributedDataParallel.
 
-accelerate does not run DeepSpeed on CPUs: with `use_cpu=True` it wraps the model in DistributedDataParallel without
-a word, whose bf16 is autocast over fp32 weights; without it, it takes each rank for a run of its own. The DeepSpeed
-variant therefore answers for accelerate that the ranks speak gloo, and for transformers that this device has bf16.
+On GPUs (`DS_ACCELERATOR=cuda`) they are those of a user. On CPUs accelerate does not run DeepSpeed: with
+`use_cpu=True` it wraps the model in DistributedDataParallel without a word, whose bf16 is autocast over fp32
+weights; without it, it takes each rank for a run of its own. The DeepSpeed variant therefore answers for accelerate
+that the ranks speak gloo, and for transformers that this device has bf16.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import os
 import tempfile
 from typing import Any
 
-os.environ["DS_ACCELERATOR"] = "cpu"
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import transformers.training_args
 from accelerate.state import PartialState
@@ -31,15 +32,17 @@ def trainer_arguments(*, deepspeed: bool, micro: int, steps: int, accumulate: in
         "save_strategy": "no",
         "logging_steps": 10,
         "max_grad_norm": 1.0,
-        "ddp_backend": "gloo",
         "disable_tqdm": True,
         "optim": "adamw_torch_fused",
         "lr_scheduler_type": "constant",
     }
+    on_gpu = os.environ["DS_ACCELERATOR"] == "cuda"
+    arguments |= {} if on_gpu else {"ddp_backend": "gloo"}
     if not deepspeed:
-        return arguments | {"use_cpu": True}
-    transformers.training_args.is_torch_bf16_gpu_available = lambda: True
-    PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_CPU)
+        return arguments if on_gpu else arguments | {"use_cpu": True}
+    if not on_gpu:
+        transformers.training_args.is_torch_bf16_gpu_available = lambda: True
+        PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_CPU)
     return arguments | {
         "deepspeed": {
             "train_micro_batch_size_per_gpu": "auto",

@@ -20,6 +20,7 @@ SLOW = (
     "ema",
     "evaluate",
     "finetune",
+    "gpu",
     "kills",
     "lora",
     "memory",

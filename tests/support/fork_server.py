@@ -2,7 +2,7 @@
 
 import os
 
-os.environ["DS_ACCELERATOR"] = "cpu"
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
 
 import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401 (deepspeed.initialize would import it late)

@@ -1,0 +1,174 @@
+"""All answers that need a GPU, in one run of at most eight minutes: tests, speed, memory, recovery.
+
+    python -m benchmarks.gpu --json FILE [--device cpu --smallest] [--only PART ...]
+    python -m benchmarks.gpu --pack FOLDER
+
+Each part is a process with its own time limit, and writes its figures as it gets them, so a run that is cut off, or
+a part that fails or hangs, keeps all answers so far in FILE. All parts but `with_ray` need only torch 2.9 or newer,
+transformers, DeepSpeed and this folder. `--device cpu --smallest` runs every part with tiny models on the CPU;
+what needs a GPU is listed as skipped. `--pack` puts the wheels into a folder that a machine without a package index
+lacks beside torch and transformers; see docs/operations.md. Exit code 1 if a test or a part failed.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu_parts.pack import pack
+from benchmarks.program import Program, running, wait
+from benchmarks.report import benchmark_parser, parse_options, print_table, write_json
+
+LIMIT_S = 470.0
+_SMALLEST_LIMIT_S = 600.0
+"""Of each part: a busy machine of two cores compiles for two minutes."""
+_LEAST_S = 10.0
+_MARK = "figures: "
+"""Before what a part prints; other lines are of libraries."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """A generator of figures: `function` of `benchmarks.gpu_parts.module`."""
+
+    module: str
+    function: str
+    limit_s: float
+    device: str | None = None
+    """None: that of the run."""
+    needs: str | None = None
+    """A package without which it is skipped."""
+
+
+PARTS = (
+    Part(module="speed", function="environment", limit_s=40),
+    Part(module="training", function="reference", limit_s=40, device="cpu"),
+    Part(module="training", function="training", limit_s=120),
+    Part(module="speed", function="throughput", limit_s=150),
+    Part(module="speed", function="state", limit_s=60),
+    Part(module="speed", function="memory", limit_s=60),
+    Part(module="speed", function="kill", limit_s=60),
+    Part(module="with_ray", function="with_ray", limit_s=120, needs="ray"),
+)
+"""In the order of their use: what comes last is the first to be cut off."""
+
+
+def main() -> None:
+    """Run the parts one after the other, each in a process of its own."""
+    parser = benchmark_parser(__doc__, repeats=1)
+    names = [part.function for part in PARTS]
+    parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda if there is one")
+    parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="PART", help=" ".join(names))
+    parser.add_argument("--limit", type=float, default=LIMIT_S, metavar="SECONDS", help="of all parts together")
+    parser.add_argument("--pack", type=Path, metavar="FOLDER", help="only collect wheels for such a machine")
+    parser.add_argument("--python", default="3.12", help="with --pack: its Python (default: 3.12)")
+    parser.add_argument("--run-part", nargs=2, metavar=("PART", "REQUEST"), help="internal")
+    options = parse_options(parser, smallest={"limit": len(PARTS) * _SMALLEST_LIMIT_S})
+    if options.run_part:
+        _run_part(*options.run_part)
+        return
+    if options.pack:
+        pack(options.pack, python=options.python)
+        return
+    device = options.device or ("cuda" if _has_cuda() else "cpu")
+    if device == "cuda" and not _has_cuda():
+        parser.error("torch finds no CUDA device: install a torch with CUDA, or pass --device cpu --smallest")
+    if device == "cpu" and not options.smallest:
+        parser.error("on the CPU this only checks that it runs: pass --device cpu --smallest, or use a GPU")
+    answers: dict[str, Any] = {"device": device}
+    deadline = time.monotonic() + options.limit
+    with tempfile.TemporaryDirectory(prefix="gpu-", ignore_cleanup_errors=True) as name:
+        for part in (part for part in PARTS if part.function in options.only):
+            answers[part.function] = _answer(
+                part, device=device, smallest=options.smallest, folder=Path(name), deadline=deadline
+            )
+            write_json(options.json, figures=answers)
+            print_table(part.function, header=["figure", "value"], rows=list(_rows(answers[part.function])))
+            sys.stdout.flush()
+    if failures := [name for name, answer in answers.items() if _has_failed(answer)]:
+        raise SystemExit(f"failed: {', '.join(failures)}")
+
+
+def _has_cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _answer(part: Part, *, device: str, smallest: bool, folder: Path, deadline: float) -> dict[str, Any]:
+    """Run a part. Returns: its figures, with `seconds`, and `skipped` or `failed` and why."""
+    if part.needs is not None and importlib.util.find_spec(part.needs) is None:
+        return {"skipped": f"the package {part.needs} is not installed"}
+    limit_s = min(_SMALLEST_LIMIT_S if smallest else part.limit_s, deadline - time.monotonic())
+    if limit_s < _LEAST_S:
+        return {"skipped": "the time limit of the whole run has been reached"}
+    own = folder / part.function
+    own.mkdir()
+    used = part.device or device
+    request = {"device": used, "smallest": smallest, "folder": str(folder)}
+    command = [sys.executable, "-m", "benchmarks.gpu", "--run-part", part.function, json.dumps(request)]
+    began = time.monotonic()
+    with running(command, folder=own, threads=1 if used == "cpu" else None, device=used) as program:
+        wait(lambda: False, program.process, deadline=time.monotonic() + limit_s)
+        failure = _failure(program, limit_s=limit_s)
+    answer: dict[str, Any] = {}
+    for line in (own / "answer").read_text(errors="replace").splitlines():
+        if line.startswith(_MARK):
+            answer |= json.loads(line.removeprefix(_MARK))
+    answer["seconds"] = round(time.monotonic() - began, 1)
+    return answer if failure is None else answer | {"failed": failure}
+
+
+def _failure(program: Program, *, limit_s: float) -> str | None:
+    code = program.process.poll()
+    if code is None:
+        return f"stopped after its limit of {limit_s:.0f} s"
+    return None if code == 0 else f"ended with exit code {code}: {program.last_words()}"
+
+
+def _run_part(name: str, request: str) -> None:
+    """Run one part in this process and print its figures as it makes them."""
+    from benchmarks.gpu_parts.ranks import Setting
+
+    part = next(part for part in PARTS if part.function == name)
+    function = getattr(importlib.import_module(f"benchmarks.gpu_parts.{part.module}"), part.function)
+    for figures in function(Setting(**json.loads(request))):
+        print(_MARK + json.dumps(figures), flush=True)
+
+
+def _rows(answer: Mapping[str, Any], *, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Flatten figures for the table."""
+    for name, value in answer.items():
+        if isinstance(value, Mapping) and "deviation" in value:
+            outcome = "passed" if value["passed"] else "FAILED"
+            yield prefix + name, f"{outcome}: {value['deviation']:.2g} of at most {value['tolerance']:.2g}"
+        elif isinstance(value, Mapping):
+            yield from _rows(value, prefix=f"{prefix}{name}, ")
+        else:
+            text = (
+                f"{value:,.4g}"
+                if isinstance(value, float)
+                else str(value).splitlines()[-1]
+                if value
+                else str(value)
+            )
+            yield prefix + name, text
+
+
+def _has_failed(answer: object) -> bool:
+    """Whether a part, or any test in it, has failed."""
+    if isinstance(answer, Mapping):
+        return "failed" in answer or answer.get("passed") is False or any(map(_has_failed, answer.values()))
+    return isinstance(answer, str) and answer.startswith("failed: ")
+
+
+if __name__ == "__main__":
+    main()
