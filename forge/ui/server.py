@@ -13,8 +13,9 @@ from pathlib import Path
 
 from forge.errors import ArgumentError
 
-_PACKAGES = ("starlette", "uvicorn", "httptools")
+_PACKAGES = ("fastapi", "uvicorn", "httptools", "prometheus_client")
 _MAX_CONNECTIONS = 512
+_MAX_PER_CLIENT = 256
 _GRACE_S = 1
 
 
@@ -49,7 +50,8 @@ def serve(
     """
     import uvicorn
 
-    from forge.serve.http.connection import LimitedConnection
+    from forge.serve.http.connection import ConnectionLimit, LimitedConnection
+    from forge.serve.http.telemetry import Telemetry
     from forge.ui.access import token_access
     from forge.ui.app import build_app
     from forge.ui.run_list import RunList
@@ -57,16 +59,18 @@ def serve(
     access = token_access(host, listener.getsockname()[1], token=token, more_hosts=more_hosts)
     runs = RunList(root, cluster=cluster)
     threading.Thread(target=runs.refresh, kwargs={"whole": True}, daemon=True).start()
+    limit = ConnectionLimit(
+        most=_MAX_CONNECTIONS, most_per_client=_MAX_PER_CLIENT, telemetry=Telemetry(usd_per_hour=None)
+    )
     config = uvicorn.Config(
         build_app(runs, access=access),
-        http=LimitedConnection,
+        http=LimitedConnection.within(limit),
         ws="none",
         lifespan="off",
         log_config=None,
         access_log=False,
         server_header=False,
         proxy_headers=False,
-        limit_concurrency=_MAX_CONNECTIONS,
         timeout_graceful_shutdown=_GRACE_S,
         ssl_certfile=tls_cert,
         ssl_keyfile=None if tls_key is None else str(tls_key),
