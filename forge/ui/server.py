@@ -86,12 +86,8 @@ def serve(
     server = Server(config)
 
     async def run() -> None:
-        def stop() -> None:
-            server.should_exit = True
-
-        loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, stop)
+            asyncio.get_running_loop().add_signal_handler(number, setattr, server, "should_exit", True)
         listener.listen(config.backlog)
         on_ready()
         await server.serve(sockets=[listener])
