@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import re
 import signal
 import time
@@ -15,7 +16,7 @@ import aiohttp
 import psutil
 import pytest
 
-from forge.runs.reader import read_metrics, read_run
+from forge.runs.reader import driver_pid, read_metrics, read_run
 from tests.support.command import start_forge, survivors
 
 pytestmark = pytest.mark.slow
@@ -88,7 +89,9 @@ def test_real_run__its_page_follows_it_and_stops_it(tmp_path: Path) -> None:
         ui.send_signal(signal.SIGINT)
         ended_at = time.monotonic()
         assert ui.wait(timeout=20) == 0, ui.stderr.read()
-        if train.poll() is None:
+        if train.poll() is None:  # the driver is a process of its own
+            for folder in (tmp_path / "runs").iterdir():
+                os.kill(driver_pid(folder) or train.pid, signal.SIGTERM)
             train.kill()
     assert time.monotonic() - ended_at < 5 and survivors(children) == []
     (folder,) = (tmp_path / "runs").iterdir()
