@@ -42,7 +42,7 @@ from forge.runtime.vllm_environment import find_vllm
 from forge.serve.vllm.process import VLLM_MODULE
 
 MAX_TOKENS = 32
-START_S = 300
+START_S = 900
 MODEL = Path(__file__).parents[1] / ".fixtures" / "smollm2"
 SERVERS = ("forge serve", "transformers serve", "transformers serve --continuous-batching")
 ENGINE = "forge engine"
