@@ -31,7 +31,12 @@ ALONE = (
         "elastic/test_tune.py",
     ),
     *("cluster/test_local.py", "cluster/test_training_on_pods.py", "examples/test_custom_code.py"),
-    *("runtime/test_budget_run.py", "runtime/test_corpus_server.py", "runtime/test_deadline_run.py"),
+    *(
+        "runtime/test_alerts_run.py",
+        "runtime/test_budget_run.py",
+        "runtime/test_corpus_server.py",
+        "runtime/test_deadline_run.py",
+    ),
     "runtime/test_driver_watch.py",
     *("runtime/test_object_store_run.py", "runtime/test_odd_environment.py", "runtime/test_start_agent.py"),
     *("runtime/test_regimes_end_to_end.py", "runtime/test_shard_map.py", "evaluate/test_run.py"),
