@@ -219,10 +219,12 @@ def state(setting: Setting) -> Iterator[dict[str, Any]]:
         event for event in run(setting, every, to="state checkpoints").events if isinstance(event, CheckpointSaved)
     ]
     yield {
-        "checkpoints": [
-            {"step": one.step, "stall_s": one.stall_s, "seconds": one.seconds, "gib": one.size_bytes / 2**30}
-            for one in saved
-        ]
+        f"checkpoint of step {one.step}": {
+            "stall_s": one.stall_s,
+            "seconds": one.seconds,
+            "gib": one.size_bytes / 2**30,
+        }
+        for one in saved
     }
 
 

@@ -23,6 +23,7 @@ def with_ray(setting: Setting) -> Iterator[dict[str, Any]]:
         folder = Path(name)
         write_job(folder, steps=_STEPS, workers="1")
         changes = {
+            "data.files": folder / "corpus/*.txt",
             "checkpoint.every": "20 steps",
             "checkpoint.to": folder / "runs",
             "resources.gpu": "none" if setting.device == "cpu" else "auto",
