@@ -1,4 +1,4 @@
-"""Collect the wheels that a GPU machine without a package index lacks, beside torch with CUDA and transformers."""
+"""Collect the wheels that a GPU machine without a package index lacks, beside torch with CUDA."""
 
 from __future__ import annotations
 
@@ -22,8 +22,16 @@ WHEELS = (
     "xxhash",
     "psutil",
     "pyyaml",
+    "transformers",  # forge needs 5.23; what it needs itself beyond that of 5.17 follows
+    "tokenizers",
+    "regex",
+    "safetensors",
+    "huggingface-hub",
+    "httpx2",
+    "httpcore2",
+    "truststore",
 )
-"""What DeepSpeed and forge's training import beyond the dependencies of torch and transformers."""
+"""What DeepSpeed and forge's training import beyond torch's dependencies and those of an older transformers."""
 _PLATFORMS = ("manylinux_2_17_x86_64", "manylinux2014_x86_64", "manylinux_2_28_x86_64")
 
 

@@ -100,7 +100,7 @@ def plot_lines(candidates: Sequence[Candidate], *, frontier: Sequence[Candidate]
     lines = [f"{label:>{margin - 1}} |{''.join(cells).rstrip()}" for label, cells in zip(labels, grid, strict=True)]
     left, right = format_duration(3600 * min(hours)), format_duration(3600 * max(hours))
     gap = columns - len(left) - len(right)
-    middle = "hours" if gap > 7 else ""
+    middle = "time" if gap > 6 else ""
     return [*lines, f"{'':{margin}}+{'-' * columns}", f"{'':{margin + 1}}{left}{middle:^{max(1, gap)}}{right}"]
 
 
