@@ -87,6 +87,7 @@ GROUPS = (
             "tests/serve",
             "--ignore=tests/serve/vllm",
             "tests/inference",
+            "tests/model",
         ),
     ),
 )

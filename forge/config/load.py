@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from forge.code_archive import PackedCode
-from forge.config.alerts import webhook_in_file_problem, webhook_problem
+from forge.config.alerts import AlertsSpec, webhook_in_file_problem, webhook_problem
 from forge.config.cluster import SECTIONS, ClusterSpec
 from forge.config.data import DataSpec
 from forge.config.errors import field_errors
@@ -84,6 +84,10 @@ class LoadedJob:
     @property
     def tracking(self) -> TrackingSpec:
         return self.job.tracking
+
+    @property
+    def alerts(self) -> AlertsSpec | None:
+        return self.job.alerts
 
     @property
     def search(self) -> SearchSpec | None:

@@ -222,6 +222,7 @@ def test_adapters_of_a_checkpoint__that_no_forge_wrote__are_refused(
         adapters.add_adapters(model, adapter_config_from_record(record | changes))
 
 
+@pytest.mark.slow
 def test_training_modules__without_lora__do_not_import_peft() -> None:
     found = "bool({'peft', 'bitsandbytes'} & set(sys.modules))"
     code = f"import sys, forge.train.worker, forge.serve.export; sys.exit({found})"

@@ -50,6 +50,7 @@ def packed_job(home: Path, *, name: str) -> LoadedJob:
     return load_job(home / "job.yaml")
 
 
+@pytest.mark.slow
 def test_resolve_draft__packing_without_isolation__names_the_line_and_what_to_use(home: Path) -> None:
     with pytest.raises(JobFileError, match=r"Bigrams takes no position_ids.*use none, or concatenate") as caught:
         resolve_draft(packed_job(home, name="Bigrams"))

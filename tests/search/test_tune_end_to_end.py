@@ -59,6 +59,7 @@ def found(home: Path) -> dict[str, Any]:
     return record
 
 
+@pytest.mark.slow
 def test_forge_tune__trial_diverges_or_fails__is_marked_and_the_search_continues(found: dict[str, Any]) -> None:
     trials = {trial["trial"]: trial for trial in found["trials"]}
     assert {number: trial["status"] for number, trial in trials.items()} == {
@@ -73,6 +74,7 @@ def test_forge_tune__trial_diverges_or_fails__is_marked_and_the_search_continues
     assert found["best"]["trial"] == 1
 
 
+@pytest.mark.slow
 def test_forge_tune__best_yaml__trains_unchanged(home: Path, found: dict[str, Any]) -> None:
     best = home / found["best_yaml"]
     assert "training.total_steps" in best.read_text().partition("\nname:")[0]  # the proxy's, told in a comment
@@ -83,6 +85,7 @@ def test_forge_tune__best_yaml__trains_unchanged(home: Path, found: dict[str, An
     assert (home / found["report"]).stat().st_size > 10**5
 
 
+@pytest.mark.slow
 def test_forge_tune__trials__are_runs_of_one_wandb_group(home: Path, found: dict[str, Any]) -> None:
     folder = Path(trial_folder(str(home / found["folder"]), 1))
     run = read_run(folder)
@@ -92,6 +95,7 @@ def test_forge_tune__trials__are_runs_of_one_wandb_group(home: Path, found: dict
     assert [row["step"] for row in read_history(file) if "train/loss" in row] == list(range(1, 41))
 
 
+@pytest.mark.slow
 def test_forge_tune__finished__leaves_no_process(home: Path, found: dict[str, Any]) -> None:
     assert mentioning(found["search_id"]) == []
 
