@@ -51,6 +51,7 @@ GROUPS = (
             "tests/elastic/test_late_commit.py",
             "tests/elastic/test_deadline_machines.py",
             "tests/elastic/test_lora.py",
+            "tests/elastic/test_task_scores.py",
         ),
     ),
     Group(name="membership histories", tests=("tests/elastic/test_histories.py",)),

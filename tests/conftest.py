@@ -28,6 +28,7 @@ ALONE = (
         "elastic/test_fork_server.py",
         "elastic/test_lora.py",
         "elastic/test_sharing.py",
+        "elastic/test_task_scores.py",
         "elastic/test_tune.py",
     ),
     *("cluster/test_local.py", "cluster/test_training_on_pods.py", "examples/test_custom_code.py"),
