@@ -37,8 +37,10 @@ Source: QLoRA, arXiv 2305.14314, section 3, "Double Quantization"."""
 HOST_ACTIVATIONS = 1.8
 """Resident memory that activations take on CPU ÷ their bytes: what the C library's allocator does not give back to
 the system, or cannot reuse between micro-batches. Giving it back at once doubles the time of a step in the kernel.
+Logits of 32 MiB or more are pages of their own, which it does give back (DEFAULT_MMAP_THRESHOLD_MAX, mallopt(3)).
 
 Source: measured, 1.8 in bf16 with micro-batches of 8 and 1; `benchmarks.memory` measures it again."""
+_MAPPED_BYTES = 32 * 2**20
 WEIGHT_BYTES = {"bf16": 2, "fp32": 4}
 """Of a parameter, by `training.precision`."""
 MAX_AUTO_MICRO_BATCH = 8
@@ -54,8 +56,11 @@ class MemoryEstimate:
     optimizer_bytes: int
     ema_bytes: int
     activations_bytes: int
+    logits_bytes: int = 0
+    """The part of `activations_bytes` that is logits of 32 MiB or more."""
     update_bytes: int = 0
-    """During an update, when activations are gone: gradients in fp32, and on CPU what torch's AdamW divides by."""
+    """During an update, when activations are gone: gradients in fp32, and on CPU a step's size in fp32, which all
+    optimizers but Adafactor compute for the whole shard at once."""
     host_bytes: int
     """In host memory: snapshots of this rank, replicas of another node's, and offloaded optimizer state."""
     libraries_bytes: int = 0
@@ -72,7 +77,8 @@ class MemoryEstimate:
     def total_bytes(self) -> int:
         """What the device must hold."""
         if self.is_on_host:
-            held = round(HOST_ACTIVATIONS * self.activations_bytes) + self.update_bytes
+            kept = HOST_ACTIVATIONS * (self.activations_bytes - self.logits_bytes) + self.logits_bytes
+            held = round(kept) + self.update_bytes
             return self.state_bytes + held + self.host_bytes + self.libraries_bytes
         return self.state_bytes + max(self.activations_bytes, self.update_bytes)
 
@@ -112,11 +118,7 @@ def estimate_memory(
     # A separate master copy exists unless fp32 weights are updated in place (ZeRO 0).
     master = 4 if half or stage > 0 else 0
     shards = world_size if stage >= 1 else 1
-    quantised = model.num_quantised_parameters
-    weights = width * (parameters - quantised) + round(NF4_BYTES * quantised)
-    if stage == 3:
-        # The shard, and the largest module while it is gathered for its forward or backward.
-        weights = weights // world_size + width * model.largest_module_parameters
+    weights = _weights_bytes(model, training, world_size=world_size)
     gradients = width * trainable // (world_size if stage >= 2 else 1)
     optimizer = (master * trainable + state.sharded_bytes) // shards + state.replicated_bytes
     ema = 4 * trainable // shards if training.ema else 0
@@ -124,7 +126,9 @@ def estimate_memory(
     frozen = parameters - trainable - model.num_base_parameters
     snapshot = ((8 if training.ema else 4) * trainable + state.total_bytes + width * frozen) // world_size
     is_offloaded = training.zero.offload == "cpu" and not is_on_host
-    activations = activation_bytes(
+    step = _step_bytes(training, is_on_host=is_on_host)
+    logits = logits_bytes(model, training, num_tokens=micro_batch_size * seq_len)
+    activations = logits + activation_bytes(
         model, training, micro_batch_size=micro_batch_size, seq_len=seq_len, is_on_host=is_on_host
     )
     tokens = micro_batch_size * seq_len
@@ -144,11 +148,26 @@ def estimate_memory(
         optimizer_bytes=0 if is_offloaded else optimizer,
         ema_bytes=0 if is_offloaded else ema,
         activations_bytes=activations,
-        update_bytes=0 if is_offloaded else (master + (4 if is_on_host else 0)) * trainable // shards,
+        logits_bytes=logits if logits >= 3 * _MAPPED_BYTES else 0,
+        update_bytes=0 if is_offloaded else (master + step) * trainable // shards,
         host_bytes=num_copies * snapshot + (optimizer + ema if is_offloaded else 0),
         libraries_bytes=LIBRARIES_BYTES if is_on_host else 0,
         is_on_host=is_on_host,
     )
+
+
+def _weights_bytes(model: ModelInfo, training: TrainingSpec, *, world_size: int) -> int:
+    """Of the weights; under ZeRO 3 the shard, and the largest module while it is gathered for a pass."""
+    width, quantised = WEIGHT_BYTES[training.precision], model.num_quantised_parameters
+    weights = width * (model.num_parameters - quantised) + round(NF4_BYTES * quantised)
+    if training.zero.stage == 3:
+        weights = weights // world_size + width * model.largest_module_parameters
+    return weights
+
+
+def _step_bytes(training: TrainingSpec, *, is_on_host: bool) -> int:
+    """Of a parameter's step, if it is computed outside of the kernel that applies it."""
+    return 4 if is_on_host and training.optimizer.name != "adafactor" else 0
 
 
 def num_copies_in_memory(*, engine: str, world_size: int) -> int:
@@ -165,7 +184,7 @@ def num_copies_in_memory(*, engine: str, world_size: int) -> int:
 def activation_bytes(
     model: ModelInfo, training: TrainingSpec, *, micro_batch_size: int, seq_len: int, is_on_host: bool
 ) -> int:
-    """Return the bytes stored for the backward pass of one micro-batch, logits included.
+    """Return the bytes stored for the backward pass of one micro-batch, logits left out.
 
     What the layers of a model of transformers keep is measured (`forge.model.kept_activations`); where attention
     is not fused its scores are added: their softmax in fp32, and its copy in the model's precision. Of models that
@@ -188,16 +207,24 @@ def activation_bytes(
         layers += scores * (4 if width == 4 else 4 + width)
     if training.activation_checkpointing and model.num_layers:
         layers = tokens * model.num_layers * model.hidden_size * width + layers // model.num_layers
-    # Plain: logits in the model's precision, an fp32 copy, its softmax and gradient; of masked tokens alone where
-    # the head allows it. Chunked: one chunk of at most 2**21 logits, plus the fp32 gradient of the head that is
-    # summed over chunks.
+    return layers
+
+
+def logits_bytes(model: ModelInfo, training: TrainingSpec, *, num_tokens: int) -> int:
+    """Return the bytes of a micro-batch's logits in the loss.
+
+    Plain: logits in the model's precision, an fp32 copy, its softmax and gradient; of masked tokens alone where the
+    head allows it. Chunked: one chunk of at most 2**21 logits, plus the fp32 gradient of the head that is summed
+    over chunks. Of a class of the user they are in `activation_bytes_per_row`.
+    """
+    if model.activation_bytes_per_row is not None:
+        return 0
+    width = WEIGHT_BYTES[training.precision]
     if model.has_positionwise_head:
-        logits = round(tokens * training.masking.share) * model.vocab_size * (2 * width + 8)
-    elif training.cross_entropy == "plain" or model.num_outputs is not None:
-        logits = tokens * (model.num_outputs or model.vocab_size) * (2 * width + 8)
-    else:
-        logits = 12 * min(2**21, tokens * model.vocab_size) + 4 * model.vocab_size * model.hidden_size
-    return layers + logits
+        return round(num_tokens * training.masking.share) * model.vocab_size * (2 * width + 8)
+    if training.cross_entropy == "plain" or model.num_outputs is not None:
+        return num_tokens * (model.num_outputs or model.vocab_size) * (2 * width + 8)
+    return 12 * min(2**21, num_tokens * model.vocab_size) + 4 * model.vocab_size * model.hidden_size
 
 
 def max_micro_batch_size(
