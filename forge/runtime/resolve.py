@@ -85,15 +85,16 @@ def resolve(
 
 
 def resolve_draft(loaded: LoadedJob, *, on_progress: Callable[[PrepareProgress], None] | None = None) -> DraftPlan:
-    """Make the plan of a dry run on this machine: as `resolve`, but only a sample of the corpus is prepared. All of
-    it is if the number of steps (`training.epochs`) or the labels depend on it, or if that takes only seconds. A
-    reference model or a teacher is not asked.
+    """Make the plan of a dry run on this machine: as `resolve`, but of a corpus that is not in the cache only a
+    sample is prepared. All of it is if the number of steps (`training.epochs`) or the labels depend on it, or if
+    that takes only seconds. A reference model or a teacher is not asked.
 
     Raises: JobFileError, DataError, PlanError.
     """
     inputs = _inputs(loaded, on_progress=on_progress)
     job = inputs.trained.job
-    if job.training.epochs is not None or must_find_labels(job) or _is_small(job.data, inputs.files):
+    must_prepare = job.training.epochs is not None or must_find_labels(job) or _is_small(job.data, inputs.files)
+    if must_prepare or _cached(inputs) is not None:
         return _resolve(inputs, find_hardware=hardware, count_slots=count_local_slots, is_draft=True)
     vocabulary = announced_vocabulary(job.data.tokenizer)
     model = _inspected(inputs, vocabulary=vocabulary)
@@ -131,7 +132,7 @@ def inspect_data(
     """
     inputs = _inputs(loaded, on_progress=on_progress)
     job, digest = inputs.trained.job, _digest_of(inputs.code)
-    corpus = find_corpus(inputs.data, cache_dir=default_cache_dir(), code_digest=digest)
+    corpus = _cached(inputs)
     if corpus is None and _is_small(job.data, inputs.files):
         corpus = _prepared(inputs)
     if corpus is not None:
@@ -260,6 +261,11 @@ def _with_forecast(plan: _PlanT, *, links: ClusterLinks | None = None) -> _PlanT
     plan = replace(plan, forecast=forecast(plan, former=former, links=links))
     warning = deadline_warning(plan, now=time.time())
     return plan if warning is None else replace(plan, warnings=(*plan.warnings, warning))
+
+
+def _cached(inputs: _Inputs) -> CorpusInfo | None:
+    """The corpus of a job, if it was prepared before."""
+    return find_corpus(inputs.data, cache_dir=default_cache_dir(), code_digest=_digest_of(inputs.code))
 
 
 def _prepared(inputs: _Inputs) -> CorpusInfo:

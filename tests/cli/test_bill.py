@@ -80,7 +80,7 @@ def test_show_bill__sixty_columns__no_line_of_table_and_plot_is_longer(monkeypat
     lines = text.splitlines()
     assert max(map(len, lines)) <= 60, [line for line in lines if len(line) > 60]
     assert "cheapest" in text and "fastest" in text
-    assert any(line.lstrip().startswith("USD |") for line in lines) and " hours " in text
+    assert any(line.lstrip().startswith("USD |") for line in lines) and " time " in text
     assert "left out: 1 offer: no price is known (free in us-east-1)" in " ".join(text.split())
     assert "+: without disks, storage, whose price there is unknown" in " ".join(text.split())
 
