@@ -25,8 +25,9 @@ class AlertsSpec(Section):
     (docs/alerts.md). Of a search: when it has finished or failed."""
 
     webhook: str | None = Field(None, min_length=1, max_length=2000)
-    """Where to post `{"text": ...}`, the form of Slack's incoming webhooks; `${env:ALERT_URL}`, since whoever has
-    the address can write to the channel. https, or plain http to this machine, which needs no variable."""
+    """Where to post `{"text": ...}`, the form of Slack's incoming webhooks; `${env:ALERT_URL}`, because
+    anyone with the address can post to the channel. https, or plain http to this machine, which needs no
+    variable."""
 
     command: Strings | None = None
     """A program and its arguments, such as `[/usr/local/bin/page, --team, ml]`: started without a shell on the
@@ -128,7 +129,7 @@ def webhook_in_file_problem(url: str) -> str | None:
         return problem
     if not is_loopback(urlsplit(url).hostname or ""):
         return (
-            "must not be in a file, which forge copies and shows: whoever has the address can post to it; set it "
+            "must not be in a file, which forge copies and shows: anyone with the address can post to it; set it "
             "in the environment and write ${env:ALERT_URL}"
         )
     return None

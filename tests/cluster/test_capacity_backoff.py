@@ -28,7 +28,7 @@ class Box:
             file=self.file,
             log=self.log,
             count=lambda config, name: self.there[name],
-            wishes=limits_folder(folder),
+            limits=limits_folder(folder),
         )
 
     def say(self, text: str) -> None:

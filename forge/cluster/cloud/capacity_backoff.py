@@ -56,7 +56,7 @@ def main() -> None:
             sys.exit(0)
         folder = Path(os.environ.get("RAY_TMPDIR") or "/tmp") / "ray" / "session_latest" / "logs"
         backoff = CapacityBackoff(
-            file=file, log=folder / "monitor.log", count=_count_nodes, wishes=limits_folder(Path.home())
+            file=file, log=folder / "monitor.log", count=_count_nodes, limits=limits_folder(Path.home())
         )
         while True:
             backoff.poll(time.time())
@@ -67,15 +67,15 @@ class CapacityBackoff:
     """Limits instance types without capacity in the autoscaler's file."""
 
     def __init__(
-        self, *, file: Path, log: Path, count: Callable[[Mapping[str, Any], str], int], wishes: Path
+        self, *, file: Path, log: Path, count: Callable[[Mapping[str, Any], str], int], limits: Path
     ) -> None:
         """Args:
         file: the autoscaler's configuration.
         log: the autoscaler's log.
         count: number of existing nodes of a node type, according to the cloud.
-        wishes: folder with the machines that runs with a deadline want.
+        limits: folder with the numbers of machines that runs with a deadline request.
         """
-        self._wishes, self._counted_at = wishes, 0.0
+        self._limits, self._counted_at = limits, 0.0
         self._wanted: dict[Kind, int] | None = None
         self._file, self._log_file, self._count = file, log, count
         self._read_until, self._inode = 0, 0
@@ -92,7 +92,7 @@ class CapacityBackoff:
             for node_type in ended:
                 del self._paused_until[node_type]
             self._paused_until |= dict.fromkeys(refused, now + _PAUSE_S)
-            wanted = wanted_machines(self._wishes, now=now)
+            wanted = wanted_machines(self._limits, now=now)
             is_recount_due = wanted is not None and now - self._counted_at >= _RECOUNT_S
             if refused or ended or is_recount_due or wanted != self._wanted:
                 self._wanted, self._counted_at = wanted, now

@@ -33,7 +33,7 @@ class _Wanted:
 
 
 class AutoscalerLimits:
-    """The wishes of one run."""
+    """The numbers of spot and on-demand machines that one run may have."""
 
     def __init__(self, run_id: str, *, home: Path, clock: Callable[[], float] = time.time) -> None:
         self._folder = limits_folder(home)
@@ -49,7 +49,7 @@ class AutoscalerLimits:
         write_atomic(self._file, json.dumps(asdict(wanted)), mode=0o600)
 
     def clear(self) -> None:
-        """Drop the wishes: the run has ended."""
+        """Remove the limits when the run has ended."""
         self._file.unlink(missing_ok=True)
 
 
