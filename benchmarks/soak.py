@@ -40,7 +40,10 @@ class Group:
 
 GROUPS = (
     Group(name="AWS in a box", tests=("tests/hosts/test_aws.py", "tests/cluster/test_cloud_prices.py")),
-    Group(name="ssh hosts", tests=("tests/hosts/test_ssh.py", "tests/hosts/test_hosts.py")),
+    Group(
+        name="ssh hosts",
+        tests=("tests/hosts/test_ssh.py", "tests/hosts/test_hosts.py", "tests/hosts/test_models_on_ssh.py"),
+    ),
     Group(name="network partition", tests=("tests/hosts/test_partition.py",)),
     Group(name="runs sharing a cluster", tests=("tests/elastic/test_sharing.py",)),
     Group(

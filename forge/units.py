@@ -216,6 +216,11 @@ def format_count(count: float) -> str:
     return _scaled(count, base=1000, names=("", "k", "M", "B", "T", "P", "E", "Z")).replace(" ", "")
 
 
+def counted(count: int, noun: str) -> str:
+    """Return a number of things: `1 shard`, `1,200 shards`."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 def format_duration(seconds: float) -> str:
     """Return a duration as `850ms`, `42s`, `3m 05s`, `2h 05m` or `3d 04h`; `-` if it is not finite."""
     if not math.isfinite(seconds):

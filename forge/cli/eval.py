@@ -123,7 +123,9 @@ class ShardScreen:
 
     def show(self, done: int, total: int) -> None:
         """Show how many shards are done."""
-        self._write(f"{done} of {total} shards answered …")
+        from forge.units import counted
+
+        self._write(f"{done} of {counted(total, 'shard')} answered …")
 
     def message(self, text: str) -> None:
         """Print a message above the line."""

@@ -191,7 +191,7 @@ def _answer_file(
     from forge.cli import display
     from forge.cli.progress import ExportScreen, answers_kept
     from forge.runtime.torch_subprocess import answer_file
-    from forge.units import format_duration
+    from forge.units import counted, format_duration
 
     with answers_kept(), ExportScreen() as screen:
         found = answer_file(
@@ -205,13 +205,13 @@ def _answer_file(
         )
     reused = f" ({found['num_reused']:,} of them from before)" if found["num_reused"] else ""
     display.message(
-        f"{found['num_answers']:,} answers{reused} in {output}, in {format_duration(found['answer_s'])}"
+        f"{counted(found['num_answers'], 'answer')}{reused} in {output}, in {format_duration(found['answer_s'])}"
     )
 
 
 def _print(answer: dict[str, Any], *, prompt: str, is_chat: bool) -> None:
     from forge.cli import display
-    from forge.units import format_duration
+    from forge.units import counted, format_duration
 
     [first] = answer["answers"]
     texts = first.get("texts", [first])
@@ -220,7 +220,8 @@ def _print(answer: dict[str, Any], *, prompt: str, is_chat: bool) -> None:
             display.print_text("")
         display.print_text(_shown(made, prompt=prompt, kind=answer["kind"], is_chat=is_chat))
         if made.get("cut_tokens"):
-            display.warning(f"the first {made['cut_tokens']} tokens of the prompt were cut: the model has no room")
+            cut = counted(made["cut_tokens"], "token")
+            display.warning(f"the beginning of the prompt, {cut}, was cut: the model has no room")
     if answer["has_chat_template"] and not is_chat and answer["kind"] == "causal-lm":
         display.message("the model has a chat template: with --chat the prompt is a turn of the user")
     took = f"{format_duration(answer['load_s'])} to load, {format_duration(answer['answer_s'])} to answer"

@@ -58,7 +58,7 @@ def start(
     tls_cert: opt.TlsCertOption = None,
     tls_key: opt.TlsKeyOption = None,
     replicas: opt.ReplicasOption = "1",
-    max_running: opt.MaxRunningOption = 64,
+    max_running: opt.MaxRunningOption = None,
     max_queue: opt.MaxQueueOption = 256,
     max_connections: opt.MaxConnectionsOption = 4096,
     max_connections_per_client: opt.ClientConnectionsOption = 1024,

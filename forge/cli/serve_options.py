@@ -63,7 +63,13 @@ ReplicasOption = Annotated[
     typer.Option("--replicas", metavar="N or N..M", help="Copies of the model; of a range as many as needed."),
 ]
 MaxRunningOption = Annotated[
-    int, typer.Option("--max-running", min=1, max=4096, help="Texts that one replica generates at once.")
+    int | None,
+    typer.Option(
+        "--max-running",
+        min=1,
+        max=4096,
+        help="Texts that one replica computes at once; by default 64 that it generates, or 256 of another model.",
+    ),
 ]
 MaxQueueOption = Annotated[
     int, typer.Option("--max-queue", min=1, help="Requests that may wait; more are refused with 429.")

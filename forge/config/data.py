@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
@@ -10,10 +11,18 @@ from forge.config.class_names import FormatName, SourceName
 from forge.config.classification import LabelsSpec
 from forge.config.embedding import EmbeddingSpec
 from forge.config.mixture import MAX_PARTS, FileType, MixtureParts, mixture_problems, origin_problems
-from forge.config.section import Count, FieldError, Fraction, Section, Strings, raise_errors
+from forge.config.section import Count, FieldError, Fraction, Section, Strings, raise_errors, unread_sections
 from forge.data.formats.registry import TEMPLATE_FORMATS
 
 BadRecordAction = Literal["fail", "skip"]
+_READ_WITH = {
+    "chat": TEMPLATE_FORMATS,
+    "preference": ("preference",),
+    "labels": ("labelled",),
+    "pair": ("pair",),
+    "embedding": ("embedding",),
+}
+"""The formats that read a section of `data`."""
 
 
 class TokenizerSpec(Section):
@@ -206,26 +215,10 @@ class DataSpec(Section):
     @model_validator(mode="after")
     def _one_origin(self) -> DataSpec:
         errors: list[FieldError] = []
-        if self.format not in TEMPLATE_FORMATS and self.chat != ChatSpec():
-            errors.append(
-                FieldError("chat", f"is only for format: chat, not {self.format}", depends_on=("format",))
-            )
+        errors += self.unread_sections(changed=True)
         if self.format == "preference" and self.chat.turns != "all":
             problem = "is only for format: chat; of a preference pair the answers carry loss"
             errors.append(FieldError("chat.turns", problem, depends_on=("format",)))
-        if self.format != "preference" and self.preference != PreferenceSpec():
-            problem = f"is only for format: preference, not {self.format}"
-            errors.append(FieldError("preference", problem, depends_on=("format",)))
-        if self.format != "labelled" and self.labels != LabelsSpec():
-            problem = f"is only for format: labelled, not {self.format}"
-            errors.append(FieldError("labels", problem, depends_on=("format",)))
-        if self.format != "pair" and self.pair != PairSpec():
-            errors.append(
-                FieldError("pair", f"is only for format: pair, not {self.format}", depends_on=("format",))
-            )
-        if self.format != "embedding" and self.embedding != EmbeddingSpec():
-            problem = f"is only for format: embedding, not {self.format}"
-            errors.append(FieldError("embedding", problem, depends_on=("format",)))
         if self.format in _WITHOUT_TEXT_KEY and self.text_key != "text":
             problem = f"is not read with format: {self.format}, whose fields have names of their own"
             errors.append(FieldError("text_key", problem, depends_on=("format",)))
@@ -242,6 +235,10 @@ class DataSpec(Section):
         if len(given) + bool(self.mixture) != 1:
             raise ValueError("give one of 'source', 'files', 'dataset' and 'mixture'")
         return self
+
+    def unread_sections(self, *, changed: bool = False) -> Iterator[FieldError]:
+        """Yield the problems of sections that the format does not read."""
+        return unread_sections(self, _READ_WITH, by="format", changed=changed)
 
     @property
     def parts(self) -> tuple[DataSpec, ...]:

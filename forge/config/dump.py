@@ -18,7 +18,10 @@ def dump_job(job: JobSpec, *, templates: Mapping[str, str] | None = None) -> str
     Args:
         templates: texts with `${env:NAME}` to write instead of the variables' values, as `LoadedJob` has them.
     """
-    body = with_templates(job.model_dump(mode="json", exclude_unset=True), templates or {})
+    sections = {"data": job.data.unread_sections(), "training": job.training.unread_sections()}
+    unread = {key: {one.key for one in found} for key, found in sections.items()}  # if it was read from a plan
+    body = job.model_dump(mode="json", exclude_unset=True, exclude=unread)
+    body = with_templates(body, templates or {})
     return yaml.dump(body, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 

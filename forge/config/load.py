@@ -119,6 +119,9 @@ def load_job_text(text: str, *, path: str, overrides: Sequence[str] = ()) -> Loa
         root = _with_override(root, override, errors=errors)
     source = map_source(root, path=path)
     job = _validated(root, JobSpec, source=source, errors=errors)
+    unread = {"data": job.data.unread_sections(), "training": job.training.unread_sections()}
+    if problems := [source.error(f"{key}.{one.key}", str(one)) for key, found in unread.items() for one in found]:
+        raise combined(problems)
     job = with_home_folders(job, fail=source.error)
     templates = templates_of(root)
     if job.alerts is not None and job.alerts.webhook is not None:

@@ -7,7 +7,7 @@ JSON schema, whose examples are strings that a user may write.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer, WithJsonSchema
@@ -56,6 +56,24 @@ def raise_errors(errors: Sequence[FieldError]) -> None:
     """Raises: FieldErrors unless `errors` is empty."""
     if errors:
         raise FieldErrors(errors)
+
+
+def unread_sections(
+    section: Section, readers: Mapping[str, Sequence[str]], *, by: str, changed: bool = False
+) -> Iterator[FieldError]:
+    """Yield the problems of inner sections that are set, but not read with the value of a key.
+
+    Args:
+        readers: the values of the key with which each inner section is read.
+        by: the key.
+        changed: leave out inner sections with default values, which every section has that was read from a plan.
+    """
+    value = getattr(section, by)
+    for key, values in readers.items():
+        inner = getattr(section, key)
+        is_given = key in section.model_fields_set and not (changed and inner == type(inner)())
+        if is_given and value not in values:
+            yield FieldError(key, f"is only for {by}: {' or '.join(values)}, not {value}", depends_on=(by,))
 
 
 def _read_interval(value: Any) -> units.Every:

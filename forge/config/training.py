@@ -14,7 +14,17 @@ from forge.config.embedding import ContrastiveSpec
 from forge.config.optimizer import OptimizerSpec
 from forge.config.preference import DpoSpec, OrpoSpec, PairLoss, RewardSpec
 from forge.config.schedule import ScheduleSpec
-from forge.config.section import Count, FieldError, Fraction, Interval, Number, Section, WholeOrAuto, raise_errors
+from forge.config.section import (
+    Count,
+    FieldError,
+    Fraction,
+    Interval,
+    Number,
+    Section,
+    WholeOrAuto,
+    raise_errors,
+    unread_sections,
+)
 from forge.objective.registry import AutoClass, auto_class_of
 from forge.units import Every, Length
 
@@ -25,6 +35,18 @@ _NO_SHARDS_8BIT = (
     "needs zero.stage: 0: its moments are quantised in blocks of 256 elements of a parameter, and the shards of "
     "stages 1 to 3 begin within a block; at these stages lion and adafactor need less memory than adamw"
 )
+
+_READ_WITH = {
+    "masking": ("masked-lm",),
+    "dpo": ("dpo", "ipo"),
+    "orpo": ("orpo",),
+    "reward": ("reward",),
+    "classification": ("classification",),
+    "spans": ("span-corruption",),
+    "contrastive": ("contrastive",),
+    "distillation": ("distillation",),
+}
+"""The objectives that read a section of `training`."""
 
 
 class ZeroSpec(Section):
@@ -208,24 +230,10 @@ class TrainingSpec(Section):
             if too_long is not None:
                 key, problem = too_long
                 errors.append(FieldError(f"schedule.{key}", problem, depends_on=("total_steps",)))
-        if self.objective != "masked-lm" and self.masking != MaskingSpec():
-            problem = f"is only for objective: masked-lm, not {self.objective}"
-            errors.append(FieldError("masking", problem, depends_on=("objective",)))
-        if self.objective != "contrastive" and self.contrastive != ContrastiveSpec():
-            problem = f"is only for objective: contrastive, not {self.objective}"
-            errors.append(FieldError("contrastive", problem, depends_on=("objective",)))
-        if self.objective != "distillation" and self.distillation != DistillationSpec():
-            problem = f"is only for objective: distillation, not {self.objective}"
-            errors.append(FieldError("distillation", problem, depends_on=("objective",)))
         if self.optimizer.name == "adamw-8bit" and self.zero.stage != 0:
             errors.append(FieldError("optimizer.name", _NO_SHARDS_8BIT, depends_on=("zero.stage",)))
-        errors += self._pair_problems()
-        if self.objective != "classification" and self.classification != ClassificationSpec():
-            problem = f"is only for objective: classification, not {self.objective}"
-            errors.append(FieldError("classification", problem, depends_on=("objective",)))
-        if self.objective != "span-corruption" and self.spans != SpanCorruptionSpec():
-            problem = f"is only for objective: span-corruption, not {self.objective}"
-            errors.append(FieldError("spans", problem, depends_on=("objective",)))
+        errors += self.unread_sections(changed=True)
+        errors += self._ipo_problems()
         raise_errors(errors)
         lengths = [self.total_steps, self.total_tokens, self.epochs]
         if sum(length is not None for length in lengths) != 1:
@@ -237,21 +245,16 @@ class TrainingSpec(Section):
         """The loss of `dpo` and `ipo`."""
         return self.dpo.loss or ("ipo" if self.objective == "ipo" else "sigmoid")
 
-    def _pair_problems(self) -> Iterator[FieldError]:
-        if self.objective not in ("dpo", "ipo") and self.dpo != DpoSpec():
-            problem = f"is only for objective: dpo or ipo, not {self.objective}"
-            yield FieldError("dpo", problem, depends_on=("objective",))
-        elif self.objective == "ipo" and self.pair_loss != "ipo":
+    def unread_sections(self, *, changed: bool = False) -> Iterator[FieldError]:
+        """Yield the problems of sections that the objective does not read."""
+        return unread_sections(self, _READ_WITH, by="objective", changed=changed)
+
+    def _ipo_problems(self) -> Iterator[FieldError]:
+        if self.objective == "ipo" and self.pair_loss != "ipo":
             problem = "must be ipo or left out with objective: ipo; other losses are of objective: dpo"
             yield FieldError("dpo.loss", problem, nearest="ipo", depends_on=("objective",))
         elif self.objective == "ipo" and self.dpo.label_smoothing:
             yield FieldError("dpo.label_smoothing", "has no meaning for the loss ipo", depends_on=("objective",))
-        if self.objective != "orpo" and self.orpo != OrpoSpec():
-            problem = f"is only for objective: orpo, not {self.objective}"
-            yield FieldError("orpo", problem, depends_on=("objective",))
-        if self.objective != "reward" and self.reward != RewardSpec():
-            problem = f"is only for objective: reward, not {self.objective}"
-            yield FieldError("reward", problem, depends_on=("objective",))
 
     @property
     def auto_class(self) -> AutoClass:

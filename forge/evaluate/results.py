@@ -19,6 +19,7 @@ from forge.evaluate.task import TaskExamples
 from forge.foreign import parse_object, read_file
 from forge.fs import write_atomic
 from forge.runs.scores import TaskValue, finite
+from forge.units import counted
 
 ANSWERS = "evaluations"
 """The folder of the files with the answers, in that of the run."""
@@ -73,8 +74,8 @@ def answers_path(score_name: str, *, step: int | None, ema: bool) -> str:
 
 def count_read(data: TaskExamples) -> str:
     """What was read of a task, in a sentence."""
-    skipped = f", {data.num_skipped:,} records skipped: {data.skipped[0]}" if data.num_skipped else ""
-    return f"{len(data.examples):,} of {data.num_records:,} examples{skipped}"
+    skipped = f", {counted(data.num_skipped, 'record')} skipped: {data.skipped[0]}" if data.num_skipped else ""
+    return f"{len(data.examples):,} of {counted(data.num_records, 'example')}{skipped}"
 
 
 def _value(score: MetricScore) -> TaskValue:

@@ -36,6 +36,7 @@ from forge.runs.trackers.wandb_tracker import log_scores
 from forge.runtime.shard_files import ShardFiles
 from forge.runtime.shard_process import ShardProcess, answer_request
 from forge.runtime.shard_worker import ShardWorkerSpec
+from forge.units import counted
 
 _CACHE = "evaluations"
 _MAX_SEARCHED_TOKENS = 500_000_000
@@ -174,11 +175,11 @@ def _answer(
         elsewhere=None if there is None else there.map,
     )
     if totals.num_reused:
-        process.message(f"{totals.num_reused} of {total} shards were answered before, by the same weights")
+        process.message(f"{totals.num_reused} of {counted(total, 'shard')} answered before, by the same weights")
     lost = totals.num_lost + totals.num_replaced
     process.message(
-        f"{total - totals.num_reused} shards answered by {totals.most_workers} workers"
-        + (f", {lost} workers lost and replaced" if lost else "")
+        f"{counted(total - totals.num_reused, 'shard')} answered by {counted(totals.most_workers, 'worker')}"
+        + (f", {counted(lost, 'worker')} lost and replaced" if lost else "")
     )
 
 
@@ -239,8 +240,9 @@ def _contamination(
         found = {"num_overlapping": len(overlap.overlapping), "num_compared": compared}
         files.prepare()
         files.write(key, found)
-    share = f"{found['num_overlapping']:.0f} of {found['num_compared']:.0f}"
-    process.message(f"task {name}: {share} examples share 13 words in a row with the training data")
+    share = f"{found['num_overlapping']:.0f} of {counted(int(found['num_compared']), 'example')}"
+    verb = "shares" if found["num_overlapping"] == 1 else "share"
+    process.message(f"task {name}: {share} {verb} 13 words in a row with the training data")
     return found
 
 

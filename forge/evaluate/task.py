@@ -25,6 +25,7 @@ from forge.errors import ArgumentError, DataError
 from forge.evaluate.answers import Reader, build_reader, normalized
 from forge.evaluate.metrics.base import Answer
 from forge.evaluate.prompt import Expression, build_expression
+from forge.units import counted
 
 Message = Mapping[str, str]
 HeldOut = Callable[[], Iterable[Record]]
@@ -267,7 +268,7 @@ def _read_examples(task: Task, *, held_out: HeldOut | None) -> TaskExamples:
         taken = {number for number, _ in drawn}
         chosen = [(number, example) for number, example in chosen if number not in taken]
     if len(drawn) < shots.num:
-        raise DataError(f"few_shot.num is {shots.num}, but there are only {len(drawn)} records to take them from")
+        raise DataError(f"few_shot.num is {shots.num}, more than the {counted(len(drawn), 'record')} to take from")
     if not chosen:
         raise DataError("there are no examples: none of the records can be used")
     examples = [_with_shots(example, task=spec, shots=[shot for _, shot in drawn]) for _, example in chosen]

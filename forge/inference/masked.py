@@ -17,6 +17,7 @@ from forge.inference.exact import require_numbers
 from forge.inference.loaded import LoadedModel
 from forge.inference.rows import bucket_length, fixed_batches
 from forge.inference.sequences import Watch
+from forge.units import counted
 
 MAX_CANDIDATES = 1000
 DEFAULT_CANDIDATES = 5
@@ -74,7 +75,7 @@ def require_masks(loaded: LoadedModel, ids: Sequence[int]) -> None:
             f"the text has no {mask}; write it where {loaded.name} is to say which token belongs there"
         )
     if loaded.max_positions is not None and len(ids) > loaded.max_positions:
-        raise ValueError(f"the text has {len(ids):,} tokens, and the model reads {loaded.max_positions:,}")
+        raise ValueError(f"the text has {counted(len(ids), 'token')}, and the model reads {loaded.max_positions:,}")
 
 
 def fill_masks(

@@ -32,6 +32,7 @@ from forge.runtime.shard_files import ShardFiles
 from forge.runtime.shard_map import MapTotals, StoppedError
 from forge.runtime.shard_process import ShardProcess
 from forge.runtime.shard_worker import ShardWorkerSpec
+from forge.units import counted
 
 _POLL_S = 0.2
 _FETCH_TIMEOUT_S = 3600.0
@@ -69,7 +70,7 @@ class RemoteMap:
         reused = len(keys) - len(missing)
         ref = read_remote_ref(folder)
         if ref is None or not self._is_known(folder, ref):
-            process.message(f"sending {len(lines)} shards to the cluster '{self._cluster.name}'")
+            process.message(f"sending {counted(len(lines), 'shard')} to the cluster '{self._cluster.name}'")
             task = {"function": spec.function, "config": spec.config, "digest": files.digest}
             task |= {"num_shards": len(lines), "num_workers": num_workers}
             ref = self._submit(folder, task, lines)
@@ -181,13 +182,14 @@ class RemoteMap:
                 ask(self._cluster, "discard", ref.folder)
         shutil.rmtree(folder, ignore_errors=True)
         if is_stopped and num_left:
-            raise StoppedError(f"{num_left} shards are left")
+            raise StoppedError(f"{counted(num_left, 'shard')} left")
         if ending.get("event") == "RunFailed":
             raise error_named(str(ending["error"]), message=f"{ending['message']}; {log}")
         if not ending:
             raise RunError(f"the driver on '{self._cluster.name}' died without a reason; {log}")
         if num_left:
-            raise RunError(f"{num_left} results did not arrive from '{self._cluster.name}'; start it again")
+            left = counted(num_left, "result")
+            raise RunError(f"{left} did not arrive from '{self._cluster.name}'; start it again")
 
 
 def _ending(folder: Path) -> dict[str, Any]:

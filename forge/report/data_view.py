@@ -10,7 +10,7 @@ from itertools import groupby, pairwise
 from forge.errors import printable
 from forge.plan.data_view import DataView, Lengths, PartView, ShownExample, Span
 from forge.plan.inputs import CorpusInfo, LabelsInfo
-from forge.units import format_count
+from forge.units import counted, format_count
 
 _NEWLINE = "↵"
 _TAB = "⇥"
@@ -48,7 +48,7 @@ def corpus_facts(corpus: CorpusInfo, *, passes: float | None = None) -> list[tup
     size = (
         f"{corpus.num_documents:,} documents, {format_count(corpus.num_train_tokens)} {tokens}{epochs}, "
         f"{format_count(corpus.num_held_out_tokens)} held out "
-        f"({_counted(corpus.num_held_out_sequences, 'sequence')}), vocabulary {corpus.vocab_size:,}"
+        f"({counted(corpus.num_held_out_sequences, 'sequence')}), vocabulary {corpus.vocab_size:,}"
     )
     facts = [("corpus", size)]
     facts += [("sequences", _packed(corpus))] if corpus.packing != "concatenate" else []
@@ -216,7 +216,7 @@ def _skipped_records(corpus: CorpusInfo) -> str:
     """Describe the records that cannot be used: how many, and the first of them."""
     shown = "; ".join(corpus.skipped_records[:_MAX_SKIPPED])
     more = "; …" if corpus.num_skipped_records > _MAX_SKIPPED else ""
-    return f"{_counted(corpus.num_skipped_records, 'record')} that cannot be used: {shown}{more}"
+    return f"{counted(corpus.num_skipped_records, 'record')} that cannot be used: {shown}{more}"
 
 
 def _packed(corpus: CorpusInfo) -> str:
@@ -225,7 +225,3 @@ def _packed(corpus: CorpusInfo) -> str:
     parts = [f"{corpus.num_examples:,} examples in {num_rows:,} sequences", f"{corpus.padding:.1%} padding"]
     parts += [f"{count:,} {reason}" for reason, count in corpus.notes.items()]
     return ", ".join(parts)
-
-
-def _counted(count: int, noun: str) -> str:
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"

@@ -24,7 +24,7 @@ from forge.runs.goodput_report import BUCKETS, GoodputReport
 from forge.runs.reader import RunSummary
 from forge.runs.scores import newest_scores, read_scores
 from forge.train.lr_schedule import length_change
-from forge.units import format_bytes, format_count, format_duration
+from forge.units import counted, format_bytes, format_count, format_duration
 
 _MAX_PATTERNS = 8
 _MAX_REASONS = 6
@@ -36,7 +36,7 @@ def headline(plan: DraftPlan) -> str:
     return (
         f"{'each trial: ' if plan.search else ''}"
         f"{format_count(plan.model.num_parameters)} parameters, "
-        f"{format_count(plan.total_tokens)} tokens{with_loss}, {_counted(plan.total_steps, 'step')}"
+        f"{format_count(plan.total_tokens)} tokens{with_loss}, {counted(plan.total_steps, 'step')}"
     )
 
 
@@ -161,12 +161,12 @@ def _files(files: CorpusFiles | None) -> list[tuple[str, str]]:
     for found in files.patterns[:_MAX_PATTERNS] if files is not None else ():
         kinds = ", ".join(f"{count:,} {kind}" for kind, count in found.kinds.items())
         size = f", {format_bytes(found.size_bytes)}" if found.size_bytes else ""
-        rows.append(("files", f"{found.pattern}: {_counted(found.num_files, 'file')}{size} ({kinds})"))
+        rows.append(("files", f"{found.pattern}: {counted(found.num_files, 'file')}{size} ({kinds})"))
         rows += [("skipped", _skipped(one)) for one in found.skipped[:_MAX_REASONS]]
     if files is not None and len(files.patterns) > _MAX_PATTERNS:
         rest = files.patterns[_MAX_PATTERNS:]
         num_files = sum(found.num_files for found in rest)
-        rows.append(("files", f"and {len(rest):,} more patterns with {_counted(num_files, 'file')}"))
+        rows.append(("files", f"and {len(rest):,} more patterns with {counted(num_files, 'file')}"))
     return rows
 
 
@@ -226,7 +226,7 @@ def summary_facts(run: RunSummary, goodput: GoodputReport) -> list[tuple[str, st
     if run.last:
         facts.append(
             ("speed", f"{number(goodput.tokens_per_s, ',.0f')} tokens/s, MFU {number(goodput.mfu, '.3f')} "
-             f"(mean of {_counted(goodput.num_steps, 'step')})")
+             f"(mean of {counted(goodput.num_steps, 'step')})")
         )  # fmt: skip
     facts.append(("wall time", _wall_time(goodput)))
     cost = run.newest("CostUpdated")
@@ -280,8 +280,8 @@ def goodput_line(goodput: GoodputReport, *, width: int) -> str:
     )
     if is_quiet or not goodput.num_steps:
         return ""
-    words = [f"goodput {number(goodput.goodput, '.0%')}", _counted(goodput.num_nodes, "node")]
-    words += [_counted(goodput.num_changes, "change")] if goodput.changes else []
+    words = [f"goodput {number(goodput.goodput, '.0%')}", counted(goodput.num_nodes, "node")]
+    words += [counted(goodput.num_changes, "change")] if goodput.changes else []
     by_size = sorted(BUCKETS, key=lambda bucket: -goodput.seconds[bucket])
     words += [f"{bucket} {goodput.share(bucket):.0%}" for bucket in by_size if goodput.share(bucket) >= 0.005]
     while words and len("  ".join(words)) > width:
@@ -299,8 +299,8 @@ def replay_facts(goodput: GoodputReport, *, num_added: int, num_removed: int) ->
     seen = f"{goodput.num_nodes_joined:,} joined, {goodput.num_nodes_left:,} left"
     before = "; the others were lost before the run used them, or added when it was ending" if any(unseen) else ""
     return [
-        ("trace", f"{_counted(num_added, 'node')} added, {num_removed:,} removed"),
-        ("run", f"{seen}{before}; {_counted(goodput.num_preemptions, 'preemption')} while it used them"),
+        ("trace", f"{counted(num_added, 'node')} added, {num_removed:,} removed"),
+        ("run", f"{seen}{before}; {counted(goodput.num_preemptions, 'preemption')} while it used them"),
     ]
 
 
@@ -308,10 +308,10 @@ def goodput_facts(goodput: GoodputReport) -> list[tuple[str, str]]:
     """Describe the goodput of a run and what reduced it."""
     steps = f"{goodput.num_steps:,} new steps of {format_duration(goodput.ideal_step_s)}"
     happened = [
-        _counted(goodput.num_changes, "change"),
-        _counted(goodput.num_preemptions, "preemption"),
-        _counted(goodput.num_failures, "failure"),
-        f"{_counted(goodput.num_repeated_steps, 'step')} repeated",
+        counted(goodput.num_changes, "change"),
+        counted(goodput.num_preemptions, "preemption"),
+        counted(goodput.num_failures, "failure"),
+        f"{counted(goodput.num_repeated_steps, 'step')} repeated",
     ]
     return [
         ("goodput", f"{number(goodput.goodput, '.1%')} ({steps} in {format_duration(goodput.wall_s)})"),
@@ -344,10 +344,6 @@ def change_rows(goodput: GoodputReport, *, limit: int) -> list[list[str]]:
 def number(value: float | None, shape: str) -> str:
     """Format a value; `-` if it is None or not finite."""
     return "-" if value is None or not math.isfinite(value) else format(value, shape)
-
-
-def _counted(count: int, noun: str) -> str:
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def _trained(job: JobSpec) -> JobSpec:

@@ -57,6 +57,7 @@ from forge.serve.http.settings import (
     settings_from_json,
     settings_to_json,
 )
+from forge.units import counted
 
 if TYPE_CHECKING:
     from forge.runtime.serve_replica import RayBackend
@@ -209,7 +210,7 @@ class ModelServer:
         is_drained = await self._serving.admission.drain(timeout_s=drain_s)
         left = 0 if is_drained else self._serving.admission.num_requests
         if left:
-            self._message += f"; {left} requests were cut after {drain_s:.0f} s"
+            self._message += f"; {counted(left, 'request')} cut after {drain_s:.0f} s"
         server.should_exit = True
         server.force_exit = not is_drained
         await http

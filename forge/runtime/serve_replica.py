@@ -43,7 +43,7 @@ from forge.serve.calls import (
     TextsCall,
 )
 from forge.serve.http.errors import ApiError
-from forge.serve.http.settings import ServerSettings
+from forge.serve.http.settings import MAX_GENERATED, ServerSettings
 
 _log = logging.getLogger("forge.serve")
 _HEALTH_PERIOD_S = 5.0
@@ -259,7 +259,7 @@ def deploy(settings: ServerSettings, *, app: str, folder: Path) -> RayBackend:
             "autoscaling_config": {
                 "min_replicas": settings.min_replicas,
                 "max_replicas": settings.max_replicas,
-                "target_ongoing_requests": max(1.0, settings.max_running * _TARGET_LOAD),
+                "target_ongoing_requests": max(1.0, (settings.max_running or MAX_GENERATED) * _TARGET_LOAD),
                 "upscale_delay_s": settings.upscale_delay_s,
                 "downscale_delay_s": settings.downscale_delay_s,
             }

@@ -29,6 +29,7 @@ from forge.runtime.ray_connection import connect, prepare_connection
 from forge.runtime.shard_files import ShardFiles
 from forge.runtime.shard_map import MapOptions, MapTotals, ShardMap, StoppedError
 from forge.runtime.shard_worker import ShardWorkerSpec
+from forge.units import counted
 
 
 class MapElsewhere(Protocol):
@@ -140,7 +141,8 @@ class ShardProcess:
                 on_message=self.message,
             ).run(shards())
         except StoppedError:
-            raise RunError(f"stopped with {len(done)} of {total} shards stored; start it again to go on") from None
+            stored = f"{len(done)} of {counted(total, 'shard')}"
+            raise RunError(f"stopped with {stored} stored; start it again to go on") from None
         finally:
             ray.shutdown()
             os.close(lock)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import AsyncGenerator, Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
@@ -10,8 +11,6 @@ from typing import Any
 
 from forge.serve.calls import TextDelta, merge_deltas
 
-_MAX_TEXTS = 256
-"""Of one batch: later ones wait for the next."""
 _FLUSH_S = 0.25
 """How often a request hears of its tokens while its texts are computed."""
 
@@ -67,15 +66,26 @@ class Batcher:
 
     Args:
         work: what is done with texts that share a key: puts pieces, of each wanted text a last one.
+        max_texts: of one batch; later ones wait for the next.
     """
 
-    def __init__(self, work: Callable[[Any, TextBatch], None]) -> None:
-        self._work = work
+    def __init__(self, work: Callable[[Any, TextBatch], None], *, max_texts: int) -> None:
+        self._work, self._max_texts = work, max_texts
         self._waiting: list[_BatchedRequest] = []
         self._running: asyncio.Task[None] | None = None
 
     async def do(self, texts: Sequence[Any], *, key: Hashable = None) -> AsyncGenerator[Sequence[TextDelta], None]:
-        """Yield pieces of the results. Closing it ends the work on these texts, before or after its begin."""
+        """Yield pieces of the results. Closing it ends the work on these texts, before or after its begin.
+
+        Others may come between the parts of a request that has more texts than a batch.
+        """
+        for start in range(0, len(texts), self._max_texts):
+            part = self._part(texts[start : start + self._max_texts], key=key)
+            async with contextlib.aclosing(part) as batches:
+                async for deltas in batches:
+                    yield [replace(delta, index=delta.index + start) for delta in deltas]
+
+    async def _part(self, texts: Sequence[Any], *, key: Hashable) -> AsyncGenerator[Sequence[TextDelta], None]:
         request = _BatchedRequest(key=key, texts=texts)
         self._waiting.append(request)
         if self._running is None or self._running.done():
@@ -114,7 +124,7 @@ class Batcher:
         taken: list[_BatchedRequest] = []
         for one in self._waiting:
             size = sum(len(each.texts) for each in taken)
-            if not taken or (one.key == taken[0].key and size + len(one.texts) <= _MAX_TEXTS):
+            if not taken or (one.key == taken[0].key and size + len(one.texts) <= self._max_texts):
                 taken.append(one)
         self._waiting = [one for one in self._waiting if one not in taken]
         return taken

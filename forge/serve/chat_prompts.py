@@ -23,6 +23,7 @@ from forge.data.conversations import Conversation
 from forge.data.tokenizer import TextTokenizer
 from forge.environment import child_environment
 from forge.process import one_line, take_stdout
+from forge.units import counted
 
 _PATIENCE_S = MAX_RENDER_S + 25.0
 _MAX_TOKENS = 1 << 24
@@ -33,7 +34,7 @@ class LongChatError(ValueError):
     """A conversation has more tokens than are wanted."""
 
     def __init__(self, num_tokens: int) -> None:
-        super().__init__(f"the conversation has {num_tokens} tokens")
+        super().__init__(f"the conversation has {counted(num_tokens, 'token')}")
         self.num_tokens = num_tokens
 
 

@@ -45,6 +45,7 @@ from forge.serve.request import (
     require_answerable,
 )
 from forge.serve.stream import EventStream
+from forge.units import counted
 
 _log = logging.getLogger("forge.serve")
 _RATE_S = 10.0
@@ -140,7 +141,7 @@ class ServingEngine:
             waiting = self._num_waiting()
             if waiting and waiting + sampling.n > self.options.max_waiting:
                 raise QueueFullError(
-                    f"{waiting} texts wait already, and {self.options.max_waiting} may; try again later",
+                    f"the queue is full ({waiting} of {self.options.max_waiting}); try again later",
                     retry_after_s=self._retry_after_s(),
                 )
             self._streams[request.request_id] = stream
@@ -292,7 +293,8 @@ class ServingEngine:
             self._schedule.remove(one)
         with self._lock:
             stream = self._streams.pop(sequence.request_id, None)
-        text = f"the model's logits after {len(sequence.tokens)} tokens are not numbers: its training has diverged"
+        after = counted(len(sequence.tokens), "token")
+        text = f"the model's logits after {after} are not numbers: its training has diverged"
         return stream, DivergedError(text)
 
     def _append(self, sequence: RunningSequence, choice: Choice) -> TokenEvent:

@@ -8,6 +8,7 @@ from typing import Literal
 
 from forge.errors import ArgumentError, ForgeError
 from forge.inference.sampling import SamplingParams
+from forge.units import counted
 
 FinishReason = Literal["stop", "length", "cancelled"]
 
@@ -120,7 +121,7 @@ def require_answerable(
         raise ArgumentError("the prompt has no tokens")
     if len(prompt) >= max_length:
         raise ArgumentError(
-            f"the prompt has {len(prompt)} tokens; with the answer's first it may have {max_length}"
+            f"the prompt has {counted(len(prompt), 'token')}; with the answer's first it may have {max_length}"
         )
     if min(prompt) < 0 or max(prompt) >= vocabulary:
         raise ArgumentError(f"the prompt has tokens outside the vocabulary of {vocabulary}")

@@ -29,7 +29,7 @@ from forge.serve.calls import (
 from forge.serve.chat_prompts import ChatPrompts, LongChatError
 from forge.serve.engine import ServingEngine
 from forge.serve.http.errors import ApiError
-from forge.serve.http.settings import ServerSettings
+from forge.serve.http.settings import MAX_GENERATED, MAX_SINGLE, ServerSettings
 from forge.serve.request import (
     EngineError,
     EngineOptions,
@@ -40,6 +40,7 @@ from forge.serve.request import (
 from forge.serve.start_check import StartCheck
 from forge.serve.stream import EventStream, TextEngine
 from forge.serve.vllm.start import VllmPlace, VllmStart, require_servable
+from forge.units import counted
 
 _LOWEST_LOGPROB = -9999.0
 """Instead of minus infinity, which JSON does not have; OpenAI's API does the same."""
@@ -58,7 +59,7 @@ class ModelService:
 
     def __init__(self, loaded: LoadedModel, *, settings: ServerSettings, engine: TextEngine | None) -> None:
         self._loaded, self._engine = loaded, engine
-        self._batcher = Batcher(self._work)
+        self._batcher = Batcher(self._work, max_texts=settings.max_running or MAX_SINGLE)
         template = loaded.chat_template if loaded.kind == "causal-lm" else None
         longest = loaded.max_positions if engine is None else engine.max_length
         self._chats = None
@@ -96,7 +97,7 @@ class ModelService:
         if loaded.kind != "causal-lm":
             return cls(loaded, settings=settings, engine=None)
         check = StartCheck.prepare(loaded, source=settings.source) if settings.verify_start else None
-        options = EngineOptions(max_rows=settings.max_running, max_waiting=_MAX_WAITING)
+        options = EngineOptions(max_rows=settings.max_running or MAX_GENERATED, max_waiting=_MAX_WAITING)
         adapters = {name: load_adapters(source) for name, source in settings.named_adapters().items()}
         engine: TextEngine
         if vllm is None:
@@ -191,7 +192,7 @@ class ModelService:
 
     def _too_long(self, call: GenerateCall, num_tokens: int) -> ApiError:
         return ApiError(
-            f"the prompt has {num_tokens} tokens, and the model reads {self.info.max_positions}",
+            f"the prompt has {counted(num_tokens, 'token')}, and the model reads {self.info.max_positions}",
             code="context_length_exceeded",
             param="messages" if call.messages else "prompt",
         )

@@ -326,7 +326,7 @@ def test_data__packing_left_out__follows_the_format() -> None:
 
 
 def test_data__chat_settings_of_another_format__are_refused() -> None:
-    with pytest.raises(ValueError, match="is only for format: chat, not text"):
+    with pytest.raises(ValueError, match="is only for format: chat or preference, not text"):
         DataSpec(source="python-stdlib", chat=ChatSpec(turns="last"))
 
 

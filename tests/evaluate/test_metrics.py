@@ -169,7 +169,7 @@ def test_classes__tags_of_words__are_scored_word_by_word() -> None:
     assert found["accuracy"] == pytest.approx(3 / 4)
     expected = sk.f1_score(["N", "V", "V", "N"], ["N", "V", "N", "N"], average="macro")
     assert found["f1_macro"] == pytest.approx(expected)
-    with pytest.raises(DataError, match="1 tags are predicted for 2 words"):
+    with pytest.raises(DataError, match="1 tag predicted for 2 words"):
         values_of(["accuracy"], [ScoredExample(prediction=("N",), target=("N", "V"))], kind="token")
 
 

@@ -213,7 +213,7 @@ def test_evaluate__machine_is_killed_and_another_joins__scores_are_those_of_one_
         on_message=again.append,
     )
     assert scores_of(repeated) == scores_of(found[1])
-    assert any("9 of 9 shards were answered before" in message for message in again)
+    assert any("9 of 9 shards answered before" in message for message in again)
 
 
 def test_log_scores__offline__are_a_run_of_w_and_b_with_the_steps_of_the_checkpoints(tmp_path: Path) -> None:

@@ -95,9 +95,9 @@ def processes_of(hosts: Hosts, *running: int) -> list[psutil.Process]:
     """All that runs on hosts on which something is known to run."""
     found = []
     for host in running:
-        pids = [int(pid) for pid in output_of_ip("netns", "pids", f"{hosts.folder.name}-{host}").split()]
-        assert pids
-        found += [psutil.Process(pid) for pid in pids]
+        processes = hosts.processes(host)
+        assert processes
+        found += processes
     return found
 
 

@@ -26,18 +26,17 @@ from forge.cluster.base import NodeProgress, read_record, token_path
 from forge.cluster.ssh.provider import SshCluster
 from forge.cluster.ssh.session import SshHost
 from forge.cluster.ssh.wheel import Requirements
-from forge.config.cluster import SshSpec
 from forge.errors import ClusterError
 from forge.runs.reader import read_metrics, read_run
 from tests.support.command import environment, forge, mentioning, start_forge, wait_for
 from tests.support.hosts import Hosts, can_make_hosts
+from tests.support.ssh_cluster import spec_of, start, write_spec
 from tests.support.sshd import (
     LOGIN_SHELLS,
     SSHD,
     START_UP_TEXT,
     another_host_key,
     client_key,
-    start_sshd,
     stranger_key,
     use_login_shell,
 )
@@ -75,12 +74,6 @@ def hosts() -> Iterator[Hosts]:
         yield hosts
 
 
-def start(hosts: Hosts, host: int) -> None:
-    """Start a host's sshd; each host has its own cache, under the same path."""
-    cache = hosts.folder / "cache"
-    start_sshd(hosts, host, environment={"FORGE_CACHE": str(cache)}, private=[cache])
-
-
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("home")
@@ -95,20 +88,6 @@ def state(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FORGE_STATE", str(home / "state"))
 
 
-def spec_of(hosts: Hosts, **changes: object) -> SshSpec:
-    settings = {
-        "name": "lab",
-        "provider": "ssh",
-        "machines": tuple(hosts.ip(host) for host in range(hosts.count)),
-        "user": "root",
-        "identity_file": str(client_key(hosts)),
-        "python": sys.executable,
-        "folder": str(hosts.folder / "forge"),
-        "storage": str(hosts.folder / "shared"),
-    }
-    return SshSpec.model_validate(settings | changes)
-
-
 def expect_failures(cluster: SshCluster, *, match: str) -> list[NodeProgress]:
     """The failures that an `up` reports before it fails."""
     progress: list[NodeProgress] = []
@@ -120,11 +99,7 @@ def expect_failures(cluster: SshCluster, *, match: str) -> list[NodeProgress]:
 @pytest.fixture(scope="module")
 def lab(hosts: Hosts, home: Path) -> Iterator[str]:
     """The file of a cluster on all three hosts; the cluster is stopped at the end."""
-    spec = spec_of(hosts)
-    lines = [
-        f"{key}: {json.dumps(value)}" for key, value in spec.model_dump(mode="json", exclude_unset=True).items()
-    ]
-    (home / "lab.yaml").write_text("\n".join([*lines, "min_machines: 2", ""]))
+    write_spec(home / "lab.yaml", spec_of(hosts, min_machines=2))
     yield "lab.yaml"
     start_missing(hosts)
     ended = forge("cluster", "down", "lab", cwd=home)
@@ -436,8 +411,7 @@ class TestErrors:
         slow = tmp_path / "python"
         slow.write_text(f'#!/bin/sh\ncase "$*" in *node_cli?up*) sleep 30;; esac\nexec {sys.executable} "$@"\n')
         slow.chmod(0o755)
-        text = spec_of(hosts, name="slow", python=str(slow)).model_dump(mode="json", exclude_unset=True)
-        (home / "slow.yaml").write_text("\n".join(f"{key}: {json.dumps(value)}" for key, value in text.items()))
+        write_spec(home / "slow.yaml", spec_of(hosts, name="slow", python=str(slow)))
         process = start_forge("cluster", "up", "slow.yaml", cwd=home)
         assert process.stderr is not None
         read_until(process.stderr.readline, "starting Ray")

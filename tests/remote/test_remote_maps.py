@@ -18,6 +18,7 @@ from forge.evaluate.run import EvaluationRequest, evaluate
 from forge.fs import state_home
 from forge.runs.scores import read_scores
 from forge.runtime.shard_process import ShardProcess
+from forge.units import counted
 from tests.support.command import environment, mentioning, wait_for
 from tests.support.remote_client import Elsewhere
 from tests.support.remote_map_client import request_of
@@ -86,7 +87,7 @@ def test_evaluate__remote_cluster__scores_as_here(cluster: Elsewhere, there: Pat
     assert process.says("sending tiny") and {"progress": [3, 3]} in process.lines
     again = Recorded()
     evaluate(far, again)
-    assert again.says("3 of 3 shards were answered before")
+    assert again.says("3 of 3 shards answered before")
     os.environ["FORGE_CACHE"] = str(home / "other")  # restored by `monkeypatch`
     near = EvaluationRequest(**request, folder=str(home / "near"), address=cluster.status().address)
     local = evaluate(near, Recorded())
@@ -133,10 +134,10 @@ def test_answer__stopped__continues_with_what_is_left(
     wait_for(lambda: num_results(there) >= 1, timeout_s=300)
     first.send_signal(signal.SIGTERM)  # as `forge generate` does at Ctrl-C
     text, _ = first.communicate(timeout=300)
-    assert "shards are left; start it again" in text
+    assert " left; start it again" in text
     wait_for(lambda: drivers(there) == [], timeout_s=240)
     stored = len(list((home / ".answers.jsonl.shards").glob("*.jsonl")))
-    assert 1 <= stored < num_shards and f"{num_shards - stored} shards are left" in text
+    assert 1 <= stored < num_shards and f"{counted(num_shards - stored, 'shard')} left" in text
     found = answer(request_of(model, prompts, output), Recorded())
     assert found["num_reused"] == stored * 256
     assert [line["id"] for line in lines_of(output)] == list(range(num_shards * 256))

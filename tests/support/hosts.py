@@ -104,6 +104,14 @@ class Hosts:
         self._processes[host].append(process)
         return process
 
+    def processes(self, host: int) -> list[psutil.Process]:
+        """All processes on a host."""
+        found = []
+        for pid in _ip(f"netns pids {self._name(host)}").split():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                found.append(psutil.Process(int(pid)))
+        return found
+
     def cut(self, host: int) -> None:
         """Drop all packets to and from a host, without notice to either side."""
         _set_port(self._name(host), _PORT_DISABLED)

@@ -19,6 +19,7 @@ from forge.config.classification import LabelKind
 from forge.errors import DataError
 from forge.evaluate.metrics.base import Answer, Floats, ScoredExample, dense, ratio
 from forge.objective.registry import Direction
+from forge.units import counted
 
 
 def labels_of(examples: Iterable[ScoredExample], *, kind: LabelKind) -> tuple[str, ...]:
@@ -44,7 +45,7 @@ def aligned(example: ScoredExample, *, kind: LabelKind) -> tuple[tuple[str | Non
     if kind == "token":
         predicted = predicted or (None,) * len(expected)
         if len(predicted) != len(expected):
-            raise DataError(f"{len(predicted)} tags are predicted for {len(expected)} words")
+            raise DataError(f"{counted(len(predicted), 'tag')} predicted for {counted(len(expected), 'word')}")
         kept = [(a, b) for a, b in zip(predicted, expected, strict=True) if b is not None]
         return tuple(a for a, _ in kept), tuple(b for _, b in kept)
     if len(expected) != 1:

@@ -70,7 +70,7 @@ class Admission:
             )
         if self._waiting >= self._max_queue:
             raise ApiError(
-                f"{self._waiting} requests are waiting, and no more than {self._max_queue} may",
+                f"the queue is full ({self._waiting} of {self._max_queue})",
                 status=429,
                 code="queue_full",
                 retry_after_s=self._expected_wait(),

@@ -21,6 +21,10 @@ SAFETY_HEADERS = [
     (b"x-frame-options", b"DENY"),
 ]
 """Of every answer."""
+MAX_GENERATED = 64
+"""Texts that one replica generates at the same time, unless the settings say how many."""
+MAX_SINGLE = 256
+"""The same of vectors, labels and translations: short texts share passes better in large batches."""
 EXPORTS = "exports"
 """In that folder: weights of runs, while vLLM loads them."""
 
@@ -50,8 +54,9 @@ class ServerSettings:
     """Of a key whose own limits are not given, and of all clients together where no key is needed."""
     max_queue: int = 256
     """Requests that wait for their first token; more are refused with status 429."""
-    max_running: int = 64
-    """Requests that one replica generates for at the same time."""
+    max_running: int | None = None
+    """Texts that one replica computes at the same time; None: `MAX_GENERATED`, of models other than causal language
+    models `MAX_SINGLE`."""
     max_connections: int = 4096
     """Open at the same time, also those without a request; more are refused with status 503."""
     max_connections_per_client: int = 1024

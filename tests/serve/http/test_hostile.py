@@ -225,7 +225,7 @@ def test_batch__of_several_requests__fails_for_the_wrong_one_alone() -> None:
             batch.put(TextDelta(index=number, value=text, finish_reason="stop"))
 
     async def run() -> list[Any]:
-        batcher = Batcher(work)
+        batcher = Batcher(work, max_texts=8)
 
         async def ask(text: str) -> list[Any]:
             return [delta.value async for deltas in batcher.do([text]) for delta in deltas]

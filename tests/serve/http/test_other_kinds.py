@@ -64,8 +64,9 @@ def client_of(server: RunningServer) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
 
 
-def backend_of(folder: Path) -> LocalBackend:
-    return LocalBackend(ModelService.start(ServerSettings(name="test", source=str(folder), model_name="tiny")))
+def backend_of(folder: Path, **settings: Any) -> LocalBackend:
+    options = ServerSettings(name="test", source=str(folder), model_name="tiny", **settings)
+    return LocalBackend(ModelService.start(options))
 
 
 def test_embeddings__texts__are_the_models_vectors(tmp_path: Path) -> None:
@@ -130,6 +131,22 @@ def test_translate__sources__have_targets(tmp_path: Path) -> None:
         assert len(answer["data"]) == len(TEXTS)
         assert {each["finish_reason"] for each in answer["data"]} <= {"stop", "length"}
         assert 0 < answer["usage"]["completion_tokens"] <= 15
+
+
+def test_translate__max_running__bounds_the_texts_that_are_computed_at_once(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, lambda: T5ForConditionalGeneration(_T5))
+    body = {"model": "tiny", "input": [*TEXTS, "fox", "the dog"], "max_tokens": 5}
+    answers, rows = [], []
+    for limit in (None, 2):
+        backend, sizes = backend_of(folder, max_running=limit), set[int]()
+        encoder = backend.service._loaded.model.encoder
+        encoder.register_forward_hook(lambda _, __, found, sizes=sizes: sizes.add(len(found.last_hidden_state)))
+        with running(backend) as server:
+            answer = httpx.post(f"{server.url}/v1/translate", json=body, trust_env=False, timeout=60).json()
+        answers.append([(each["index"], each["text"]) for each in answer["data"]])
+        rows.append(sizes)
+    assert answers[0] == answers[1] and len(answers[0]) == 5
+    assert max(rows[0]) > 2 >= max(rows[1])
 
 
 @pytest.mark.slow
