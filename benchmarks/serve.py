@@ -3,7 +3,8 @@
     python -m benchmarks.serve [--model FOLDER] [--clients 1 8 32] --json FILE
 
 Clients in another process stream greedy continuations of different prompts of 40 to 250 tokens, 32 tokens each.
-Each client waits for its answer before it asks again. All contenders compute in bf16 with all cores.
+Each client waits for its answer before it asks again. All contenders compute in bf16 with all cores, which they
+share with the clients; the clients' own CPU time is in the table.
 
     forge engine          clients call the engine in its own process, without HTTP and Ray
     forge serve           as a user runs it
@@ -33,11 +34,12 @@ from typing import Any
 
 import aiohttp
 from tokenizers import Tokenizer
+from uvicorn.loops.auto import auto_loop_factory
 
 from benchmarks.finetune_inputs import save_base
 from benchmarks.program import FORGE, Program, module, running
 from benchmarks.report import Measured, benchmark_parser, parse_options, print_table, write_json
-from benchmarks.serve_load import LoadResult, build_prompts, completions, measure_load
+from benchmarks.serve_load import LoadResult, build_prompts, completions, measure_load, read_events
 from forge.runtime.vllm_environment import find_vllm
 from forge.serve.vllm.process import VLLM_MODULE
 
@@ -114,8 +116,8 @@ def measure(start: Start, *, clients: Sequence[int], seed: int) -> list[LoadResu
         results = [LoadResult(**line) for line in lines]
     else:
         tokenizer = Tokenizer.from_file(str(start.model / "tokenizer.json"))
-        with serving(start) as server:
-            results = asyncio.run(use_server(server, name=str(start.model), loads=loads, tokenizer=tokenizer))
+        with serving(start) as server, asyncio.Runner(loop_factory=auto_loop_factory()) as runner:
+            results = runner.run(use_server(server, name=str(start.model), loads=loads, tokenizer=tokenizer))
     return results[1:]
 
 
@@ -131,6 +133,7 @@ async def use_server(
                 ask,
                 build_prompts(prompts, seed=seed),
                 num_clients=number,
+                read=read_events,
                 count=lambda text: len(tokenizer.encode(text, add_special_tokens=False).ids),
                 cpu_s=server.program.cpu_s,
             )
@@ -226,6 +229,7 @@ def figures_of(found: Figures, *, clients: Sequence[int]) -> dict[str, Any]:
             figures[f"ratio_p99_first_s_{number}"] = first[own] / min(first[name] for name in peers)
         if {ENGINE, "forge serve"} <= speed.keys():
             figures[f"overhead_{number}"] = 1 - speed["forge serve"] / speed[ENGINE]
+            figures[f"overhead_of_cpu_{number}"] = 1 - work["forge serve"] / work[ENGINE]
     return figures
 
 
@@ -242,12 +246,14 @@ def report(found: Figures, *, clients: Sequence[int], figures: dict[str, Any]) -
         for name, runs in found.items():
             cells = [Measured(values=tuple(one.tokens_per_s for one in runs[number])).text(".1f")]
             cells.append(Measured(values=tuple(one.tokens_per_cpu_s for one in runs[number])).text(".1f"))
+            cells.append(Measured(values=tuple(one.client_ms_per_token for one in runs[number])).text(".2f"))
             cells += [
                 Measured(values=tuple(quantile(one, share) for one in runs[number])).text(".2f")
                 for share in (0.5, 0.99)
             ]
             rows.append([name, *cells])
-        header = ["contender", "tokens/s", "per CPU second", "first token, median s", "99 %, s"]
+        header = ["contender", "tokens/s", "per CPU second", "clients, CPU ms/token"]
+        header += ["first token, median s", "99 %, s"]
         print_table(f"{number} clients", header=header, rows=rows)
     for name, value in figures.items():
         if name != "all":

@@ -35,15 +35,16 @@ async def _measure(request: dict[str, object]) -> None:
 
     async def ask(prompt: str) -> AsyncIterator[str]:
         wanted = EngineRequest(request_id=str(next(numbers)), prompt=loaded.encode(prompt), sampling=sampling)
-        async for event in engine.submit(wanted):
-            yield event.text
+        stream = engine.submit(wanted)
+        while events := await stream.take():
+            yield "".join(event.text for event in events)
 
     def count(text: str) -> int:
         return len(loaded.tokenizer.encode(text, add_special_tokens=False).ids)
 
     for number, seed, prompts in request["loads"]:  # type: ignore[attr-defined]
         given = build_prompts(prompts, seed=seed)
-        result = await measure_load(ask, given, num_clients=number, count=count, cpu_s=time.process_time)
+        result = await measure_load(ask, given, num_clients=number, read=iter, count=count, cpu_s=time.process_time)
         print(json.dumps(asdict(result)), flush=True)
     engine.close()
 

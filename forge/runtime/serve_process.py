@@ -20,7 +20,7 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -244,7 +244,8 @@ class ModelServer:
         while True:
             with contextlib.suppress(Exception):
                 self._num_replicas = await asyncio.to_thread(running_replicas, self._backend.app)
-            self._say(self._state, self._message)
+            # The file is flushed to the disk, for which answers would wait.
+            await asyncio.to_thread(self._write_status, self._status())
             request = _read_json(self._folder / UPDATE)
             is_new = request is not None and request.get("id") != (self._update or {}).get("id")
             if request is not None and is_new and (updating is None or updating.done()):
@@ -289,8 +290,11 @@ class ModelServer:
 
     def _say(self, state: str, message: str, *, error: str | None = None) -> None:
         self._state, self._message = state, message
-        status: dict[str, Any] = {"pid": os.getpid(), "state": state, "message": message, "update": self._update}
-        status |= {"error": error} if error is not None else {}
+        self._write_status(self._status() | ({"error": error} if error is not None else {}))
+
+    def _status(self) -> dict[str, Any]:
+        status: dict[str, Any] = {"pid": os.getpid(), "state": self._state, "message": self._message}
+        status |= {"update": self._update}
         status |= {"ray_address": self._address} if self._address is not None else {}
         if hasattr(self, "_settings"):
             status |= {"name": self._settings.name, "url": self._settings.url, "model": self._settings.model_name}
@@ -299,6 +303,9 @@ class ModelServer:
             status |= self._serving.admission.counts() | self._serving.telemetry.figures()
             status |= {"replicas": self._num_replicas, "digest": self._backend.info.digest}
             status["engine"] = self._backend.info.engine
+        return status
+
+    def _write_status(self, status: Mapping[str, Any]) -> None:
         write_atomic(self._folder / STATUS, json.dumps(status) + "\n", mode=0o600)
 
 

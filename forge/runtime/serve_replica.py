@@ -1,8 +1,9 @@
 """The model of a server as a deployment of Ray Serve, and the `ModelBackend` that calls it.
 
-Requests reach replicas through deployment handles alone: Ray Serve's own HTTP and gRPC proxies are not started, so
-nothing of it listens. A generation is one streaming call, whose cancellation cancels the generation; its pieces
-take the `piece_channel` if the replica is on the server's machine, and return through Ray otherwise.
+Ray Serve's own HTTP and gRPC proxies are not started, so nothing of it listens: requests reach replicas through
+deployment handles, or by the `piece_channel` where the only replica is on the server's machine. A generation is one
+streaming call, whose cancellation cancels the generation; its pieces take the channel from replicas on the server's
+machine, and return through Ray otherwise.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import asyncio
 import contextlib
 import logging
 import os
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -92,7 +93,7 @@ class ModelReplica:
 
         here = _readable(settings, packed=packed)
         self._service = ModelService.start(here, vllm=vllm_place(here, folder=Path(folder), replica=self._id))
-        self._senders = PieceSenders()
+        self._senders = PieceSenders(self._items)
 
     def __del__(self) -> None:
         """End vLLM and the process that renders chats; called by Ray Serve when the replica is removed."""
@@ -148,10 +149,14 @@ def _readable(settings: ServerSettings, *, packed: Mapping[str, str]) -> ServerS
 
 
 class RayBackend:
-    """The replicas of one application of Ray Serve."""
+    """The replicas of one application of Ray Serve.
 
-    def __init__(self, handle: Any, *, app: str, info: ServedModel) -> None:
-        self.info, self.app = info, app
+    Args:
+        is_single: there is one replica, so that Ray Serve need not choose it for each call.
+    """
+
+    def __init__(self, handle: Any, *, app: str, info: ServedModel, is_single: bool) -> None:
+        self.info, self.app, self._is_single = info, app, is_single
         self._handle, self._streaming = handle, handle.options(stream=True)
         self._receiver = PieceReceiver()
         self._forwarding: set[asyncio.Task[None]] = set()
@@ -162,11 +167,7 @@ class RayBackend:
     async def generate(self, call: GenerateCall | TextsCall) -> AsyncGenerator[Sequence[TextDelta], None]:
         path = await self._receiver.listen()
         with self._counted(), self._receiver.inbox() as (number, inbox):
-            address = ReturnAddress(path=path, call=number)
-            response = self._streaming.generate.remote(call, address)
-            forwarding = asyncio.ensure_future(_forward(response, inbox))
-            self._forwarding.add(forwarding)
-            forwarding.add_done_callback(self._forwarding.discard)
+            cancel = self._begin(call, ReturnAddress(path=path, call=number), inbox)
             is_over = False
             try:
                 while (pieces := await inbox.take()) is not None:
@@ -177,7 +178,17 @@ class RayBackend:
                 raise
             finally:
                 if not is_over:
-                    response.cancel()
+                    cancel()
+
+    def _begin(self, call: GenerateCall | TextsCall, address: ReturnAddress, inbox: Inbox) -> Callable[[], None]:
+        """Send a call to a replica. Returns: what ends it early."""
+        if self._is_single and (connection := self._receiver.connection) is not None:
+            return connection.begin(address.call, call, inbox)
+        response = self._streaming.generate.remote(call, address)
+        forwarding = asyncio.ensure_future(_forward(response, inbox))
+        self._forwarding.add(forwarding)
+        forwarding.add_done_callback(self._forwarding.discard)
+        return response.cancel  # type: ignore[no-any-return]
 
     async def stats(self) -> Mapping[str, Mapping[str, Any]]:
         """The state of the replicas that answer."""
@@ -287,7 +298,7 @@ def deploy(settings: ServerSettings, *, app: str, folder: Path) -> RayBackend:
             reason.removeprefix(_OWN_ERRORS).partition(": ") if is_own else ("ClusterError", "", reason)
         )
         raise error_named(kind, message=f"no replica of the model became ready: {message}") from error
-    return RayBackend(handle, app=app, info=info)
+    return RayBackend(handle, app=app, info=info, is_single=settings.max_replicas == 1)
 
 
 def _packed(settings: ServerSettings) -> dict[str, str]:

@@ -15,7 +15,7 @@ import pytest
 
 from forge.runtime.piece_channel import Inbox, Item, PieceReceiver, PieceSender, PieceSenders, ReturnAddress
 from forge.runtime.serve_replica import RayBackend
-from forge.serve.calls import GenerateCall, ReplicaLostError, TextDelta, TextOptions
+from forge.serve.calls import GenerateCall, ReplicaLostError, TextDelta, TextOptions, TextsCall
 from forge.serve.http.errors import ApiError
 from tests.support.serving import info_of
 
@@ -45,8 +45,9 @@ class Replica:
 
     def __init__(self, items: Sequence[Item], *, is_near: bool = True, pause_s: float = 0.0) -> None:
         self._items, self._is_near, self._pause_s = items, is_near, pause_s
-        self._senders = PieceSenders()
+        self.senders = PieceSenders(self._work)
         self.responses: list[Response] = []
+        self.num_ended_early = 0
 
     def options(self, **options: Any) -> Replica:
         return self
@@ -60,19 +61,38 @@ class Replica:
         return self.responses[-1]
 
     async def _answer(self, address: ReturnAddress) -> AsyncGenerator[Item, None]:
-        sender = await self._senders.to(address.path if self._is_near else "/nowhere")
+        sender = await self.senders.to(address.path if self._is_near else "/nowhere")
         assert (sender is not None) == self._is_near
-        for item in self._items:
-            await asyncio.sleep(self._pause_s)
+        async for item in self._work(CALL):
             if sender is None:
                 yield item
             else:
                 sender.send(address.call, item)
 
+    async def _work(self, call: GenerateCall | TextsCall) -> AsyncGenerator[Item, None]:
+        try:
+            for item in self._items:
+                await asyncio.sleep(self._pause_s)
+                if isinstance(item, ZeroDivisionError):
+                    raise item
+                yield item
+        except (asyncio.CancelledError, GeneratorExit):
+            self.num_ended_early += 1
+            raise
+
+
+def backend_of(replica: Replica, *, is_single: bool = False) -> RayBackend:
+    return RayBackend(replica, app="app", info=info_of(), is_single=is_single)
+
+
+async def text_of(backend: RayBackend) -> str:
+    async with aclosing(backend.generate(CALL)) as batches:
+        return "".join([each.text async for batch in batches for each in batch])
+
 
 async def answered(replica: Replica) -> tuple[str, int, int]:
     """The text, its number of tokens and of pieces."""
-    backend = RayBackend(replica, app="app", info=info_of())
+    backend = backend_of(replica)
     text, num_tokens, num_pieces = "", 0, 0
     try:
         async with aclosing(backend.generate(CALL)) as batches:
@@ -125,7 +145,7 @@ def test_generate__closed_in_the_middle__is_cancelled() -> None:
     replica = Replica([[delta("a")], [delta("b")], None], pause_s=0.05)
 
     async def run() -> None:
-        backend = RayBackend(replica, app="app", info=info_of())
+        backend = backend_of(replica)
         batches = backend.generate(CALL)
         await anext(batches)
         await batches.aclose()
@@ -135,12 +155,98 @@ def test_generate__closed_in_the_middle__is_cancelled() -> None:
     assert replica.responses[0].is_cancelled
 
 
+@pytest.mark.parametrize(("is_single", "num_by_ray"), [(True, 1), (False, 3)])
+def test_generate__later_calls_of_a_single_replica__take_its_connection(is_single: bool, num_by_ray: int) -> None:
+    replica = Replica([[delta("a")], [delta("b")], None])
+
+    async def run() -> list[str]:
+        backend = backend_of(replica, is_single=is_single)
+        first = await text_of(backend)
+        found = [first, *await asyncio.gather(text_of(backend), text_of(backend))]
+        backend.close()
+        return found
+
+    assert asyncio.run(run()) == ["ab"] * 3
+    assert len(replica.responses) == num_by_ray
+
+
+def test_generate__closed_in_the_middle_of_a_call_by_the_connection__ends_in_the_replica() -> None:
+    replica = Replica([[delta("a")], [delta("b")], None], pause_s=0.05)
+
+    async def run() -> None:
+        backend = backend_of(replica, is_single=True)
+        await text_of(backend)
+        batches = backend.generate(CALL)
+        await anext(batches)
+        await batches.aclose()
+        while not replica.num_ended_early:
+            await asyncio.sleep(0.01)
+        assert await text_of(backend) == "ab"
+        backend.close()
+
+    asyncio.run(asyncio.wait_for(run(), 20))
+    assert len(replica.responses) == 1
+
+
+def test_generate__a_fault_in_a_call_by_the_connection__is_raised() -> None:
+    replica = Replica([[delta("a")], None])
+
+    async def run() -> None:
+        backend = backend_of(replica, is_single=True)
+        await text_of(backend)
+        replica._items = [[delta("a")], ZeroDivisionError("by zero")]
+        with pytest.raises(RuntimeError, match="ZeroDivisionError: by zero"):
+            await text_of(backend)
+        backend.close()
+
+    asyncio.run(run())
+
+
+def test_generate__the_connection_ends__its_calls_are_lost_and_later_ones_reach_the_next_replica() -> None:
+    replica = Replica([[delta("a")], [delta("b")], None], pause_s=0.05)
+
+    async def run() -> str:
+        backend = backend_of(replica, is_single=True)
+        await text_of(backend)
+        batches = backend.generate(CALL)
+        await anext(batches)
+        for sender in replica.senders._senders.values():
+            (await sender)._writer.close()  # type: ignore[union-attr]
+        with pytest.raises(ReplicaLostError, match="process has ended"):
+            await anext(batches)
+        found = await text_of(backend) + await text_of(backend)
+        backend.close()
+        return found
+
+    assert asyncio.run(run()) == "abab"
+    assert len(replica.responses) == 2  # the first call of each connection
+
+
+def test_generate__the_engine_failed__later_calls_go_through_ray_for_a_while(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    replica = Replica([[delta("a")], ReplicaLostError("the engine failed")])
+
+    async def run() -> list[int]:
+        backend = backend_of(replica, is_single=True)
+        found = []
+        for avoid_s in (10.0, 0.0, 0.0):
+            monkeypatch.setattr("forge.runtime.piece_channel._AVOID_S", avoid_s)
+            with pytest.raises(ReplicaLostError, match="the engine failed"):
+                await text_of(backend)
+            found.append(len(replica.responses))
+        backend.close()
+        return found
+
+    assert asyncio.run(run()) == [1, 2, 2]
+
+
 def test_receiver__closed__leaves_no_folder_and_senders_connect_again(monkeypatch: pytest.MonkeyPatch) -> None:
     with tempfile.TemporaryDirectory() as root:  # short, since the path of a socket is
         monkeypatch.setattr(tempfile, "tempdir", root)
 
         async def run() -> tuple[PieceSender | None, ...]:
-            senders, receiver = PieceSenders(), PieceReceiver()
+            senders, receiver = PieceSenders(Replica([])._work), PieceReceiver()
             path = await receiver.listen()
             assert Path(path).parent.stat().st_mode & 0o077 == 0
             first = await senders.to(path)
