@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.peaks import set_shared_peaks
 from tests.support.seeds import FUZZ_SEED, SEED
 from tests.support.skips import unexpected_skips
 
@@ -53,6 +54,7 @@ def pytest_configure(config: pytest.Config) -> None:
         folder = tempfile.mkdtemp(prefix="forge-state-")
         os.environ["FORGE_STATE"] = folder
         config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+    set_shared_peaks(Path(os.environ["FORGE_STATE"]) / "peaks")
     # Ray starts workers with niceness 15: beside other work on the same cores ranks get a few percent of the CPU.
     os.environ.setdefault("RAY_worker_niceness", "0")
     # Ray reads this once, when it is first imported: every process of the tests has the same mode as forge.

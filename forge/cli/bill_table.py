@@ -15,6 +15,8 @@ from forge.units import format_duration
 
 _ROWS = 8
 _EXAMPLES = 6
+_JSON_CANDIDATES = 20
+"""Of the cheapest, in `-o json` without `--candidates`."""
 _PLOT_WIDTH, _PLOT_HEIGHT = 76, 10
 _DRAWN = 3.0
 _WIDE_TABLE = 80
@@ -52,9 +54,16 @@ def show_bill(bill: Bill, *, title: str, num_rows: int | None = None) -> None:
         display.message(note)
 
 
-def bill_record(bill: Bill) -> dict[str, Any]:
-    """Return everything that is known, for `-o json`."""
-    frontier = {id(one) for one in bill.frontier}
+def bill_record(bill: Bill, *, num_candidates: int | None = None) -> dict[str, Any]:
+    """Return the bill for `-o json`; thousands of candidates would be megabytes.
+
+    Args:
+        num_candidates: how many of the cheapest are listed, beside the frontier.
+    """
+    frontier, most = {id(one) for one in bill.frontier}, num_candidates or _JSON_CANDIDATES
+    listed = [one for rank, one in enumerate(bill.candidates) if rank < most or id(one) in frontier]
+    reason = f"neither on the frontier nor among the cheapest ({most:,})"
+    num_others = len(bill.candidates) - len(listed)
     return {
         "max_hours": bill.max_hours,
         "max_usd": bill.max_usd,
@@ -66,9 +75,11 @@ def bill_record(bill: Bill) -> dict[str, Any]:
             }
             for choice in bill.choices
         ],
-        "candidates": [_record(one) | {"is_on_frontier": id(one) in frontier} for one in bill.candidates],
+        "num_candidates": len(bill.candidates),
+        "candidates": [_record(one) | {"is_on_frontier": id(one) in frontier} for one in listed],
+        "not_listed": [{"reason": reason, "num_candidates": num_others}] if num_others else [],
         "left_out": [
-            {"reason": one.reason, "num_offers": one.num_offers, "examples": list(one.examples)}
+            {"reason": one.reason, "num_offers": one.num_offers, "examples": list(one.examples[:_EXAMPLES])}
             for one in bill.left_out
         ],
         "notes": list(bill.notes),

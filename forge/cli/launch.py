@@ -170,7 +170,8 @@ def show_dry(
     priced = api.price_job(plan, scope=bill.scope(), refresh=bill.refresh, trace=bill.trace)
     if output is Output.JSON:
         record = json.loads(plan_to_json(plan, is_file=True))
-        display.print_json(record | {"bill": None if priced is None else bill_record(priced)})
+        cost = None if priced is None else bill_record(priced, num_candidates=bill.num_candidates)
+        display.print_json(record | {"bill": cost})
         return
     show_plan(plan)
     show_warnings(plan)

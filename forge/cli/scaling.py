@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -24,6 +25,15 @@ _PANEL, _MACHINES = "Size from a limit", "Machines"
 
 def _option(*names: str, metavar: str | None = None, help: str, panel: str = _PANEL) -> Any:
     return typer.Option(*names, metavar=metavar, help=help, rich_help_panel=panel)
+
+
+def _num_candidates(text: str) -> int:
+    """Parse a count of candidates; `all` is more than there can be."""
+    if text == "all":
+        return sys.maxsize
+    if not text.isascii() or not text.isdigit() or not int(text):
+        raise typer.BadParameter(f"{text!r} is neither a count, at least 1, nor all")
+    return int(text)
 
 
 OptionalJobArgument = Annotated[
@@ -60,8 +70,8 @@ CandidatesOption = Annotated[
     typer.Option(
         "--candidates",
         metavar="COUNT",
-        min=1,
-        help="List so many machines, the cheapest first.",
+        parser=_num_candidates,
+        help="List so many machines, the cheapest first, or all.",
         rich_help_panel=_MACHINES,
     ),
 ]

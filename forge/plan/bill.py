@@ -108,6 +108,7 @@ def make_bill(
         trace=trace,
         max_machines=scope.max_machines,
         kinds=(False, True) if scope.is_spot is None else (scope.is_spot,),
+        storage=table.storage,
     )
     resources = plan.job.resources
     return Bill(

@@ -32,7 +32,7 @@ from forge.plan.throughput import Estimate
 from forge.pricing.catalog import head_price
 from forge.pricing.offer import Offer
 from forge.pricing.offers import CLOUDS
-from forge.pricing.transfer import cloud_of
+from forge.pricing.transfer import StoragePrices, cloud_of
 
 NO_MEMORY = "the job does not fit in the GPU's memory"
 WRONG_COUNT = "their GPUs cannot be the workers of resources.workers"
@@ -145,6 +145,7 @@ class _Shapes:
 
     plan: DraftPlan
     former: Sequence[FormerRun]
+    storage: StoragePrices | None = None
     known: dict[tuple[object, ...], WorldHours | str] = field(default_factory=dict)
     runs: dict[tuple[object, ...], tuple[InterruptedRun, ...]] = field(default_factory=dict)
     data_costs: dict[tuple[object, ...], DataCosts] = field(default_factory=dict)
@@ -195,7 +196,11 @@ class _Shapes:
         key = offer.cloud, offer.region, num_saved if is_sent else 0
         if key not in self.data_costs:
             self.data_costs[key] = data_costs(
-                self.plan, cloud=offer.cloud, region=offer.region, num_checkpoints=num_saved
+                self.plan,
+                cloud=offer.cloud,
+                region=offer.region,
+                num_checkpoints=num_saved,
+                prices=self.storage,
             )
         return self.data_costs[key]
 
@@ -208,6 +213,7 @@ def find_candidates(
     trace: Interruptions | None = None,
     max_machines: int = MAX_MACHINES,
     kinds: Sequence[bool] = (False, True),
+    storage: StoragePrices | None = None,
 ) -> tuple[tuple[Candidate, ...], tuple[LeftOut, ...]]:
     """Return all candidates, the cheapest first, and the offers that are none.
 
@@ -216,8 +222,9 @@ def find_candidates(
         trace: interruptions of spot machines, instead of those that the offers name.
         max_machines: at most so many.
         kinds: on demand is False, spot is True.
+        storage: prices that the clouds said, before those that forge ships.
     """
-    reasons, shapes = _Reasons(), _Shapes(plan, former)
+    reasons, shapes = _Reasons(), _Shapes(plan, former, storage)
     found: list[Candidate] = []
     for offer in offers:
         if not offer.num_gpus:

@@ -12,13 +12,13 @@ from forge.plan.forecast import FormerRun
 from forge.plan.plan import DraftPlan
 from forge.pricing.catalog import head_price
 from forge.pricing.choose import cluster_offers
-from forge.pricing.offer import Offer
+from forge.pricing.offers import OfferTable
 
 
 def cluster_cost(
     plan: DraftPlan,
     spec: ClusterSpec,
-    offers: Iterable[Offer],
+    table: OfferTable,
     *,
     usd_per_hour: float | None,
     former: Iterable[FormerRun] = (),
@@ -34,7 +34,7 @@ def cluster_cost(
         former: measured runs, the newest first.
     """
     if isinstance(spec, CloudSpec) and spec.gpu != "none" and plan.search is None:
-        found = _on_cloud(plan, spec, offers, former=former)
+        found = _on_cloud(plan, spec, table, former=former)
         if found is not None:
             rate = found.usd_per_hour if usd_per_hour is None else usd_per_hour
             return ClusterCost(machines=describe(found), hours=found.hours, usd=found.usd, usd_per_hour=rate)
@@ -55,14 +55,15 @@ def cluster_cost(
 
 
 def _on_cloud(
-    plan: DraftPlan, spec: CloudSpec, offers: Iterable[Offer], *, former: Iterable[FormerRun]
+    plan: DraftPlan, spec: CloudSpec, table: OfferTable, *, former: Iterable[FormerRun]
 ) -> Candidate | None:
     candidates, _ = find_candidates(
         plan,
-        cluster_offers(spec, offers),
+        cluster_offers(spec, table.offers),
         former=tuple(former),
         max_machines=max(1, spec.workers.high),
         kinds=(spec.spot,),
+        storage=table.storage,
     )
     limit, head = spec.max_usd_per_hour, head_price(spec.provider) or 0.0
     allowed = [one for one in candidates if limit is None or one.usd_per_hour + head <= limit]

@@ -13,7 +13,13 @@ from forge.plan.interruptions import HOURS_PER_MONTH
 from forge.plan.memory import WEIGHT_BYTES
 from forge.plan.plan import DraftPlan
 from forge.plan.space import checkpoint_bytes
-from forge.pricing.transfer import INTERNET, cloud_of, egress_usd_per_gib, storage_usd_per_gib_month
+from forge.pricing.transfer import (
+    INTERNET,
+    StoragePrices,
+    cloud_of,
+    egress_usd_per_gib,
+    storage_usd_per_gib_month,
+)
 
 _DISK_GIB = CloudSpec.model_fields["disk"].default / 2**30
 """Of each machine, as in a cluster file that names none."""
@@ -30,16 +36,19 @@ class DataCosts:
     """Of the whole run."""
 
 
-def data_costs(plan: DraftPlan, *, cloud: str, region: str, num_checkpoints: int) -> DataCosts:
+def data_costs(
+    plan: DraftPlan, *, cloud: str, region: str, num_checkpoints: int, prices: StoragePrices | None = None
+) -> DataCosts:
     """Return the costs of a job's data on machines in one region.
 
     Args:
         num_checkpoints: that the run writes.
+        prices: of storage, as the clouds said, before those that forge ships.
     """
     size_gib = checkpoint_bytes(plan.model, plan.job.training) / 2**30
     kept = plan.job.checkpoint.keep + (plan.job.checkpoint.keep_best or 0)
-    disk = storage_usd_per_gib_month(cloud, region, kind="disk")
-    stored = storage_usd_per_gib_month(cloud, region)
+    disk = storage_usd_per_gib_month(cloud, region, kind="disk", fetched=prices)
+    stored = storage_usd_per_gib_month(cloud, region, fetched=prices)
     place = cloud_of(plan.job.checkpoint.to)
     sent_gib = plan.model.num_trainable_parameters * WEIGHT_BYTES[plan.job.training.precision] / 2**30
     if place not in (None, cloud):

@@ -4,7 +4,7 @@ A step's time is a baseline ÷ a speed. On a GPU the baseline is the estimate of
 is the FLOPs of a step ÷ the number of workers, so that the speed is a worker's FLOP/s. The speed is measured by a
 former run on the same device: the newest with the same step at the same world size, else the newest with the same
 step, else the newest at the same world size, else the newest. Without one it is 1 on a GPU, and on a CPU its peak,
-as a former run measured it, times an efficiency.
+as a former run or `forge.train.peak` measured it, times an efficiency that is assumed.
 
 Evaluations, checkpoints, the tasks of `evaluate` (`forge.plan.task_time`), the start and the end of the run are
 added; preemptions and waiting for machines are not.
@@ -71,6 +71,19 @@ class FormerRun:
     """Of one scoring of its tasks."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CpuPeak:
+    """The measured rate of matrix products on the machine that a job runs on."""
+
+    core_flops: float
+    num_cores: int
+    measured_on: str
+
+    def of_worker(self, world_size: int) -> float:
+        """The rate of one of the workers that share the cores."""
+        return self.core_flops * (self.num_cores // world_size or self.num_cores / world_size)
+
+
 def is_same_device(one: HardwareInfo, other: HardwareInfo) -> bool:
     """Whether two workers have the same kind of device; torch and the catalog name a GPU differently."""
     if one.device == "cuda" and other.device == "cuda":
@@ -79,21 +92,30 @@ def is_same_device(one: HardwareInfo, other: HardwareInfo) -> bool:
     return (one.device, one.name) == (other.device, other.name)
 
 
-def forecast(plan: DraftPlan, *, former: Sequence[FormerRun] = (), links: ClusterLinks | None = None) -> Forecast:
+def forecast(
+    plan: DraftPlan,
+    *,
+    former: Sequence[FormerRun] = (),
+    links: ClusterLinks | None = None,
+    cpu: CpuPeak | None = None,
+) -> Forecast:
     """Return the hours of a job at each world size, on the hardware of its plan.
 
     Args:
         former: runs, the newest first; those on other devices are left out.
         links: of the cluster; by default assumed.
+        cpu: the peak of the machine, if its device is the CPU; a former run takes precedence.
     """
     former = [run for run in former if is_same_device(run.plan.hardware, plan.hardware)]
     gpu = find_gpu(plan.hardware.name) if plan.hardware.device == "cuda" else None
     links = links or cluster_links(None)
     worlds = []
     for world in plan.worlds:
-        found = _world_hours(plan, world.batch.world_size, gpu=gpu, links=links.interconnect, former=former)
+        found = _world_hours(
+            plan, world.batch.world_size, gpu=gpu, links=links.interconnect, former=former, cpu=cpu
+        )
         worlds += [found] if found is not None else []
-    notes = tuple(_notes(plan, worlds, gpu=gpu, former=former, links=links))
+    notes = tuple(_notes(plan, worlds, gpu=gpu, former=former, links=links, cpu=cpu))
     return Forecast(worlds=tuple(worlds), notes=notes)
 
 
@@ -135,10 +157,16 @@ def gpu_hardware(gpu: Gpu) -> HardwareInfo:
 
 
 def _world_hours(
-    plan: DraftPlan, world_size: int, *, gpu: Gpu | None, links: Interconnect, former: Sequence[FormerRun]
+    plan: DraftPlan,
+    world_size: int,
+    *,
+    gpu: Gpu | None,
+    links: Interconnect,
+    former: Sequence[FormerRun],
+    cpu: CpuPeak | None = None,
 ) -> WorldHours | None:
     """Return the forecast at one world size; None if nothing is known of the device's speed."""
-    speeds = _speeds(plan, world_size, gpu=gpu, links=links, former=former)
+    speeds = _speeds(plan, world_size, gpu=gpu, links=links, former=former, cpu=cpu)
     if speeds is None:
         return None
     speed, run = speeds
@@ -212,7 +240,13 @@ def _corpus(plan: DraftPlan) -> CorpusInfo | None:
 
 
 def _speeds(
-    plan: DraftPlan, world_size: int, *, gpu: Gpu | None, links: Interconnect, former: Sequence[FormerRun]
+    plan: DraftPlan,
+    world_size: int,
+    *,
+    gpu: Gpu | None,
+    links: Interconnect,
+    former: Sequence[FormerRun],
+    cpu: CpuPeak | None,
 ) -> _Speeds | None:
     """The speed, and the run that measured it."""
     measured = [(run, size) for run in former for size in run.step_s]
@@ -223,8 +257,12 @@ def _speeds(
         return _spread(is_same=is_same, is_same_size=size == world_size, on_gpu=gpu is not None).scaled(speed), run
     if gpu is not None:
         return with_uncertainty(1.0, gpu=gpu), None
-    peak = next((run.peak_flops for run in former if run.peak_flops), None)
+    peak = _peak_of_runs(former) or (cpu.of_worker(world_size) if cpu is not None else None)
     return None if peak is None else (CPU_EFFICIENCY.scaled(peak), None)
+
+
+def _peak_of_runs(former: Sequence[FormerRun]) -> float | None:
+    return next((run.peak_flops for run in former if run.peak_flops), None)
 
 
 def _spread(*, is_same: bool, is_same_size: bool, on_gpu: bool) -> Estimate:
@@ -304,6 +342,7 @@ def _notes(
     gpu: Gpu | None,
     former: Sequence[FormerRun],
     links: ClusterLinks,
+    cpu: CpuPeak | None,
 ) -> Iterator[str]:
     """Say what a forecast is based on, and what it assumes or leaves out."""
     device = plan.hardware.name
@@ -318,11 +357,7 @@ def _notes(
     if not runs and gpu is not None:
         yield f"estimated for {gpu.name}, not measured"
     elif not runs:
-        peak = next(run.peak_flops for run in former if run.peak_flops)
-        yield (
-            f"estimated: {CPU_EFFICIENCY.low:.0%} to {CPU_EFFICIENCY.high:.0%} of the {peak / 1e9:,.1f} "
-            f"GFLOP/s that a former run measured on {device}"
-        )
+        yield _assumed_share(device, peak=_peak_of_runs(former), cpu=cpu)
     if gpu is not None and plan.worlds[-1].batch.world_size > 1:
         yield links.note
     left_out = "preemptions and waiting for machines"
@@ -339,3 +374,15 @@ def _notes(
     if plan.job.training.zero.offload == "cpu" and gpu is not None and not runs:
         left_out += ", the time of training.zero.offload"
     yield f"without {left_out}"
+
+
+def _assumed_share(device: str, *, peak: float | None, cpu: CpuPeak | None) -> str:
+    share = f"{CPU_EFFICIENCY.low:.0%} to {CPU_EFFICIENCY.high:.0%}, likely {CPU_EFFICIENCY.likely:.0%},"
+    if peak is not None:
+        return f"assumed: {share} of the {peak / 1e9:,.1f} GFLOP/s that a former run measured on {device}"
+    assert cpu is not None, "without a peak there is no forecast"
+    cores = f"{cpu.num_cores} core{'s' if cpu.num_cores != 1 else ''}"
+    return (
+        f"assumed: {share} of the {cpu.core_flops / 1e9:,.1f} GFLOP/s that matrix products reached on a core of "
+        f"{device}, {cores}, on {cpu.measured_on}; no run was measured"
+    )

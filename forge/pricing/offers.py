@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, date, datetime
 
 from forge.errors import ForgeError
@@ -21,6 +21,7 @@ from forge.pricing.offer import Offer as Offer
 from forge.pricing.offer import build_offer
 from forge.pricing.price_list import listed_prices
 from forge.pricing.snapshot import Fetch, PriceSnapshot, SpotRisk, read_snapshot, save_snapshot
+from forge.pricing.transfer import StoragePrices
 
 CLOUDS = ("aws", "azure", "gcp")
 _STALE_DAYS = 30
@@ -34,6 +35,8 @@ class OfferTable:
     offers: tuple[Offer, ...]
     notes: tuple[str, ...] = ()
     """Age of each cloud's prices, what was not asked, and what failed."""
+    storage: StoragePrices = field(default_factory=dict)
+    """What the clouds said; `storage_usd_per_gib_month` has those that forge ships."""
 
 
 def load_offers(
@@ -62,7 +65,14 @@ def load_offers(
                 snapshots[source] = earlier
     notes += [f"{source}: {note}" for source, snapshot in snapshots.items() for note in snapshot.notes]
     offers = _merge(snapshots)
-    return OfferTable(offers=offers, notes=(*_age_notes(offers, today=today), *notes))
+    storage: dict[tuple[str, str, str], float] = {
+        (one.cloud, one.region, one.kind): one.usd_per_gib_month
+        for snapshot in snapshots.values()
+        for one in snapshot.storage
+        if one.usd_per_gib_month > 0
+    }
+    notes += _storage_notes(snapshots)
+    return OfferTable(offers=offers, storage=storage, notes=(*_age_notes(offers, today=today), *notes))
 
 
 @functools.cache
@@ -161,6 +171,16 @@ def _age_notes(offers: Sequence[Offer], *, today: date) -> tuple[str, ...]:
         f"{cloud}: prices as of {_span({offer.observed for offer in own}, today=today)}"
         for cloud, own in _by_cloud(offers).items()
     )
+
+
+def _storage_notes(snapshots: Mapping[str, PriceSnapshot]) -> list[str]:
+    """Say which clouds told their prices of storage, and when."""
+    found = {source: {one.region for one in snapshot.storage} for source, snapshot in snapshots.items()}
+    return [
+        f"{source}: storage prices of {len(regions)} regions as of {snapshots[source].observed}"
+        for source, regions in found.items()
+        if regions
+    ]
 
 
 def _span(days: set[date], *, today: date) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 from forge.foreign import from_record, parse_object, read_file
 from forge.fs import default_cache_dir, write_atomic
 from forge.pricing.offer import InterruptionBand, Offer
+from forge.pricing.transfer import StoragePrice
 
 _MAX_BYTES = 64 * 2**20
 _FORM = 1
@@ -41,6 +42,7 @@ class PriceSnapshot:
     observed: date
     offers: tuple[Offer, ...] = ()
     risks: tuple[SpotRisk, ...] = ()
+    storage: tuple[StoragePrice, ...] = ()
     notes: tuple[str, ...] = ()
     """What was skipped, and why."""
 

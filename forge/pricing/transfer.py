@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import functools
 import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import date
 from importlib.resources import files
 from typing import Any, Literal
@@ -19,20 +21,40 @@ INTERNET, OTHER_ZONE = "internet", "zone"
 _CLOUD_OF_SCHEME = {"s3": "aws", "gs": "gcp", "gcs": "gcp", "az": "azure", "abfs": "azure", "abfss": "azure"}
 _NORTH_AMERICA = {"ca": "us"}
 """Clouds have one price for both."""
+PREMIUM_DISK_GIB = 200e9 / 2**30
+"""Of Azure's P15, the smallest Premium SSD that holds the 200 GB of a cluster file by default."""
+
+StorageKind = Literal["object", "disk"]
+"""`object`: S3 Standard, Cloud Storage Standard, Blob Storage Hot LRS; `disk`: the machines' own, EBS gp3,
+Persistent Disk balanced or Premium SSD."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoragePrice:
+    """What a cloud asks for storing a GiB for a month."""
+
+    cloud: str
+    region: str
+    kind: StorageKind
+    usd_per_gib_month: float
+
+
+StoragePrices = Mapping[tuple[str, str, str], float]
+"""USD for a GiB and month by cloud, region and kind."""
 
 
 def storage_usd_per_gib_month(
-    cloud: str, region: str, *, kind: Literal["object", "disk"] = "object"
+    cloud: str, region: str, *, kind: StorageKind = "object", fetched: StoragePrices | None = None
 ) -> float | None:
     """Return the price of storing a GiB for a month; None if unknown.
 
     Args:
         region: on GCP also a zone.
-        kind: `object`: S3 Standard, Cloud Storage Standard, Blob Storage Hot LRS; `disk`: the machines' own, EBS
-            gp3, Persistent Disk balanced or Premium SSD.
+        fetched: what the clouds said, which goes first.
     """
-    price: float | None = _table(cloud, kind).get(region_of(region))
-    return price
+    price = (fetched or {}).get((cloud, region_of(region), kind))
+    listed: float | None = _table(cloud, kind).get(region_of(region))
+    return listed if price is None else price
 
 
 def egress_usd_per_gib(cloud: str, region: str, *, to: str) -> float | None:

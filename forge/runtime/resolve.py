@@ -7,7 +7,6 @@ started and no run folder is created.
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -34,17 +33,15 @@ from forge.errors import ArgumentError, CheckpointError, DataError, PlanError
 from forge.fs import default_cache_dir, leads_to_folder
 from forge.plan.cluster_links import ClusterLinks
 from forge.plan.data_view import DataView
-from forge.plan.deadline_outlook import deadline_warning
-from forge.plan.forecast import forecast
 from forge.plan.inputs import CodeInfo, CorpusFiles, CorpusInfo, HardwareInfo, ModelInfo
 from forge.plan.outputs import must_find_labels
 from forge.plan.plan import DraftPlan, Plan, make_draft, make_plan, packing_problem
 from forge.plan.search import plan_search
 from forge.plan.warnings import view_warnings
-from forge.runs.former_runs import former_runs
 from forge.runs.reader import read_plan
 from forge.runtime.probe import count_local_slots, hardware, inspect_model, inspect_teacher, require_packages
 from forge.runtime.resolve_code import resolve_code
+from forge.runtime.resolve_forecast import with_forecast
 from forge.runtime.resolve_init import init_info, with_init
 from forge.runtime.resolve_outputs import reference_notes, with_outputs, with_stored_size
 from forge.runtime.resolve_tasks import with_task_direction, with_tasks
@@ -108,7 +105,7 @@ def resolve_draft(loaded: LoadedJob, *, on_progress: Callable[[PrepareProgress],
     draft = replace(draft, view=view, warnings=draft.warnings + more)
     draft = _with_inits(replace(draft, code=inputs.code, templates=loaded.templates), inputs.trained)
     draft = _with_search(with_tasks(draft, inputs.loaded), inputs.loaded, count_slots=count_local_slots)
-    return _with_forecast(draft)
+    return with_forecast(draft)
 
 
 def prepare_data(loaded: LoadedJob, *, on_progress: Callable[[PrepareProgress], None] | None = None) -> CorpusInfo:
@@ -252,15 +249,7 @@ def _resolve(
     plan = replace(plan, corpus=ask(corpus, job=trained.job, find_model=lambda: model))
     plan = _with_inits(replace(with_view(plan), code=code, templates=inputs.loaded.templates), trained)
     plan = _with_search(with_tasks(plan, inputs.loaded), inputs.loaded, count_slots=count_slots)
-    return _with_forecast(plan, links=links)
-
-
-def _with_forecast(plan: _PlanT, *, links: ClusterLinks | None = None) -> _PlanT:
-    """Add how long the job takes, by what former runs in its folder measured on the same device."""
-    former = former_runs(Path(plan.job.checkpoint.runs), hardware=plan.hardware)
-    plan = replace(plan, forecast=forecast(plan, former=former, links=links))
-    warning = deadline_warning(plan, now=time.time())
-    return plan if warning is None else replace(plan, warnings=(*plan.warnings, warning))
+    return with_forecast(plan, links=links)
 
 
 def _cached(inputs: _Inputs) -> CorpusInfo | None:

@@ -11,7 +11,7 @@ from forge.config.cluster import CloudSpec, ClusterSpec, LocalSpec
 from forge.plan.cluster_bill import cluster_cost
 from forge.plan.plan import DraftPlan
 from forge.pricing.budget import read_price
-from forge.pricing.offers import load_offers
+from forge.pricing.offers import OfferTable, load_offers
 from forge.runs.former_runs import former_runs
 
 _PlanT = TypeVar("_PlanT", bound=DraftPlan)
@@ -27,8 +27,8 @@ def with_cost(plan: _PlanT, spec: ClusterSpec | None, *, usd_per_hour: float | N
     if spec is None or plan.forecast is None:
         return plan
     former = former_runs(Path(plan.job.checkpoint.runs), hardware=plan.hardware)
-    offers = load_offers().offers if isinstance(spec, CloudSpec) else ()
-    cost = cluster_cost(plan, spec, offers, usd_per_hour=usd_per_hour, former=former)
+    table = load_offers() if isinstance(spec, CloudSpec) else OfferTable(offers=())
+    cost = cluster_cost(plan, spec, table, usd_per_hour=usd_per_hour, former=former)
     return replace(plan, forecast=replace(plan.forecast, cost=cost))
 
 

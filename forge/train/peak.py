@@ -3,34 +3,31 @@
 A GPU's peak is in its data sheet. A CPU's is measured once on each machine and kept in the state folder, by
 processor, precision and version of torch: with a measurement for every generation, the MFU of a run would change
 with whatever else ran on the machine. Delete the folder `peaks` in the state folder to measure again.
+
+    python -m forge.train.peak bfloat16     the rate of a core of this machine, for the planner, which has no torch
 """
 
 from __future__ import annotations
 
-import fcntl
 import functools
-import hashlib
 import json
+import sys
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from forge.foreign import from_record, parse_object, read_file
-from forge.fs import make_private, state_home, write_atomic
 from forge.limits import cpu_name
 from forge.plan.gpus import find_gpu
+from forge.train.kept_peak import MeasuredPeak, keep_peak
 
 # One matrix product of this many rows and columns per measurement: large enough to reach a core's or a
 # GPU's full rate, small enough for a fraction of a second on one CPU core.
 _GEMM_SIZE = {"cpu": 1024, "cuda": 8192}
 _GEMM_SECONDS = 0.5
 _MIN_PRODUCTS = 3
-_MAX_FILE_BYTES = 4096
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,19 +36,6 @@ class Peak:
 
     flops: float
     source: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MeasuredPeak:
-    """The measured rate of one CPU core or one GPU."""
-
-    processor: str
-    dtype: str
-    torch: str
-    """Its version, which the rate of a matrix product depends on."""
-    flops: float
-    measured_on: str
-    """Date in UTC."""
 
 
 def find_peak(device: torch.device, *, dtype: torch.dtype) -> Peak:
@@ -92,36 +76,10 @@ def measured_peak(device_type: str, *, dtype: torch.dtype) -> MeasuredPeak:
             measured_on=f"{datetime.now(UTC):%Y-%m-%d}",
         )
 
-    key = json.dumps([processor, name, str(torch.__version__)])
-    file = f"{hashlib.blake2b(key.encode(), digest_size=8).hexdigest()}.json"
     try:
-        return _kept(state_home() / "peaks" / file, measure=measure)
+        return keep_peak(processor, dtype=name, torch=str(torch.__version__), measure=measure)
     except OSError:
         return measure()
-
-
-def _kept(path: Path, *, measure: Callable[[], MeasuredPeak]) -> MeasuredPeak:
-    """Read a measurement, or measure and write it; one process at a time, so that all have the same.
-
-    Raises: OSError if the folder cannot be written.
-    """
-    make_private(path.parent)
-    with (path.parent / "lock").open("a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        found = _read(path)
-        if found is None:
-            found = measure()
-            write_atomic(path, json.dumps(asdict(found), indent=1) + "\n")
-        return found
-
-
-def _read(path: Path) -> MeasuredPeak | None:
-    """Read a measurement; None if there is none or it is damaged."""
-    try:
-        found: MeasuredPeak = from_record(MeasuredPeak, parse_object(read_file(path, max_bytes=_MAX_FILE_BYTES)))
-    except (OSError, ValueError):
-        return None
-    return found if found.flops > 0 else None
 
 
 def measure_gemm_flops(device_type: str, *, dtype: torch.dtype) -> float:
@@ -153,3 +111,12 @@ def _measure(device: torch.device, *, dtype: torch.dtype) -> float:
             torch.cuda.synchronize(device)
         best_s, num_products = min(best_s, clock() - began), num_products + 1
     return 2 * size**3 / best_s
+
+
+def main() -> None:
+    """Print the rate of a CPU core, which is measured if none is kept."""
+    sys.stdout.write(json.dumps(asdict(measured_peak("cpu", dtype=getattr(torch, sys.argv[1])))) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.peaks import share_peaks
+
 JOB = """\
 name: tiny
 model: {architecture: llama, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, num_attention_heads: 2}
@@ -25,6 +27,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, _shared_cache: Path) -
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("FORGE_CACHE", str(_shared_cache))
     monkeypatch.setenv("FORGE_STATE", str(tmp_path / "state"))
+    share_peaks(tmp_path / "state")
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.delenv("COLUMNS", raising=False)
     (tmp_path / "job.yaml").write_text(JOB)

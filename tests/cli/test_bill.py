@@ -53,10 +53,13 @@ CANDIDATE = {
 }
 SCHEMA = {
     "type": "object",
-    "required": ["max_hours", "max_usd", "choices", "candidates", "left_out", "notes"],
+    "required": [
+        *("max_hours", "max_usd", "choices", "num_candidates", "candidates", "not_listed", "left_out", "notes")
+    ],
     "properties": {
         "choices": {"items": {"properties": {"candidate": {"anyOf": [CANDIDATE, {"type": "null"}]}}}},
         "candidates": {"type": "array", "items": CANDIDATE},
+        "not_listed": {"items": {"required": ["reason", "num_candidates"]}},
         "left_out": {"items": {"required": ["reason", "num_offers", "examples"]}},
         "notes": {"items": {"type": "string"}},
     },
@@ -115,7 +118,25 @@ def test_plot_lines__marks_the_frontier_and_keeps_to_the_width() -> None:
         assert sum(line.count("o") for line in lines[:-1]) >= 1
 
 
-def test_bill_record__follows_its_schema_and_has_every_candidate() -> None:
+def test_bill_record__thousands_of_candidates__lists_the_frontier_and_the_cheapest_and_counts_the_rest() -> None:
+    places = [offer(region=f"region-{number}", usd_per_hour=1.0 + number / 100) for number in range(400)]
+    alone = {"cloud": "lambda", "instance": "one", "spot_usd_per_hour": None, "usd_per_hour": 0.01}
+    found = bill(*places, offer(**alone))  # without a head, one machine costs less than four
+    record = bill_record(found, num_candidates=1)
+    assert len(found.candidates) == record["num_candidates"] > 1000
+    listed = record["candidates"]
+    assert listed[0]["usd"]["likely"] == found.candidates[0].usd.likely
+    assert [one["hours"]["likely"] for one in listed if one["is_on_frontier"]] == [
+        one.hours.likely for one in found.frontier
+    ]
+    assert {one["is_on_frontier"] for one in listed} == {True} and len(listed) > 1
+    [rest] = record["not_listed"]
+    assert rest["num_candidates"] + len(listed) == record["num_candidates"]
+    assert rest["reason"] == "neither on the frontier nor among the cheapest (1)"
+    assert len(json.dumps(bill_record(found))) < 40_000
+
+
+def test_bill_record__follows_its_schema_and_has_every_candidate_of_a_few() -> None:
     found = bill(*OFFERS)
     record = json.loads(json.dumps(bill_record(found)))
     jsonschema.validate(record, SCHEMA)
@@ -141,6 +162,14 @@ class TestPlan:
         record = json.loads(done.stdout)["bill"]
         jsonschema.validate(record, SCHEMA)
         assert {one["gpu"] for one in record["candidates"]} == {"L4"}
+
+    def test_plan__json_candidates__are_so_many_or_all(self) -> None:
+        arguments = ("plan", "job.yaml", "-o", "json", "--set", "resources.gpu=L4", "--candidates")
+        few, every = (json.loads(forge(*arguments, count).stdout)["bill"] for count in ("2", "all"))
+        assert len(few["candidates"]) < len(every["candidates"]) == every["num_candidates"]
+        assert (len(few["not_listed"]), every["not_listed"]) == (1, [])
+        for wrong in ("0", "-3", "some", "1.5", "\u0663"):
+            assert forge(*arguments, wrong).exit_code == 2
 
     def test_plan__cpu_job__is_not_priced(self) -> None:
         done = forge("plan", "job.yaml")

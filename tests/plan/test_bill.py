@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from forge.config.cluster import CloudSpec
 from forge.config.resources import ResourcesSpec
 from forge.plan.bill import Bill, frontier, is_priced, make_bill
 from forge.plan.candidates import find_candidates, machine_counts
@@ -15,7 +16,7 @@ from forge.plan.data_costs import data_costs
 from forge.plan.forecast import forecast_hours
 from forge.plan.gpus import find_gpu
 from forge.plan.inputs import CorpusFiles, PatternFiles
-from forge.plan.interruptions import Interruptions
+from forge.plan.interruptions import HOURS_PER_MONTH, Interruptions
 from forge.plan.machines import interconnect
 from forge.plan.plan import Plan
 from forge.plan.recovery import LOSS_PAUSE_S, PLANNED_PAUSE_S, RESTART_S, change_costs
@@ -81,6 +82,13 @@ def test_data_costs__unknown_prices__are_unknown_and_not_zero() -> None:
     assert (nowhere.disk_usd_per_machine_hour, nowhere.storage_usd_per_hour, nowhere.egress_usd) == (None,) * 3
     [found, *_] = bill(offer(cloud="azure", instance="Standard_NC24ads_A100_v4", region="uaenorth")).candidates
     assert found.cost.unknown == ("disks", "storage")
+    fetched = {("azure", "uaenorth", "disk"): 0.25}
+    table = OfferTable(offers=(found.offer,), storage=fetched)
+    [known, *_] = make_bill(job(), table).candidates
+    assert known.cost.unknown == ("storage",)
+    machine_hours = (known.num_machines + 1) * known.hours.likely  # and the head
+    gib = CloudSpec.model_fields["disk"].default / 2**30
+    assert known.cost.disks_usd == pytest.approx(0.25 * gib * machine_hours / HOURS_PER_MONTH, rel=0.01)
     pattern = PatternFiles(pattern="gs://b/*.txt", num_files=1, size_bytes=2**30, kinds={}, examples=())
     read = replace(job(), files=CorpusFiles(patterns=(pattern,), num_sampled=0))
     assert data_costs(read, cloud="aws", region="us-east-1", num_checkpoints=1).egress_usd is None

@@ -12,6 +12,7 @@ from forge.config.evaluate import EvaluateSpec
 from forge.plan.forecast import (
     CPU_EFFICIENCY,
     STARTUP_S,
+    CpuPeak,
     FormerRun,
     forecast,
     forecast_hours,
@@ -83,7 +84,28 @@ def test_forecast__cpu_of_which_only_the_peak_was_measured__takes_a_share_of_it(
     found = forecast(made, former=[former(made, peak_flops=1e9)])
     assert found.worlds[1].step_s == pytest.approx(step_flops(made) / (2e9 * CPU_EFFICIENCY.likely))
     assert found.worlds[1].run_id is None
-    assert found.notes[0].startswith("estimated: 10% to 60% of the 1.0 GFLOP/s that a former run measured on test")
+    assert found.notes[0] == (
+        "assumed: 10% to 60%, likely 35%, of the 1.0 GFLOP/s that a former run measured on test"
+    )
+
+
+def test_forecast__cpu_before_a_first_run__assumes_a_share_of_the_measured_peak_of_its_cores() -> None:
+    made, cpu = plan(**LONG), CpuPeak(core_flops=1e9, num_cores=2, measured_on="2026-11-29")
+    found = forecast(made, cpu=cpu)
+    assert [world.world_size for world in found.worlds] == [1, 2, 3, 4]
+    for world in found.worlds:  # the workers share two cores; one worker computes with both
+        assert world.step_s == pytest.approx(step_flops(made) / (2e9 * CPU_EFFICIENCY.likely))
+        assert world.hours.low < 0.8 * world.hours.likely < world.hours.likely < world.hours.high / 2
+    assert found.notes[0] == (
+        "assumed: 10% to 60%, likely 35%, of the 1.0 GFLOP/s that matrix products reached on a core of test, "
+        "2 cores, on 2026-11-29; no run was measured"
+    )
+
+
+def test_forecast__cpu_with_a_measured_run__does_not_use_the_peak() -> None:
+    made, run = plan(**LONG), former(plan(**LONG), step_s={2: 0.4})
+    cpu = CpuPeak(core_flops=1.0, num_cores=2, measured_on="2026-11-29")
+    assert forecast(made, former=[run], cpu=cpu) == forecast(made, former=[run])
 
 
 @pytest.mark.parametrize("runs", [[], [former(plan(hardware=replace(CPU, name="another")), step_s={1: 1.0})]])

@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import replace
 from datetime import UTC, date, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from forge.pricing.offer import InterruptionBand, Offer, build_offer
 from forge.pricing.offers import CLOUDS, load_offers, offline_offers
 from forge.pricing.price_list import listed_prices, read_prices, write_prices
 from forge.pricing.snapshot import Fetch, PriceSnapshot, SpotRisk
+from forge.pricing.transfer import StoragePrice, storage_usd_per_gib_month
 from forge.pricing.update import listed
 
 SHARED = Path(__file__).parents[3] / "shared" / "prices"
@@ -154,6 +156,26 @@ def test_load_offers__refresh__is_kept_and_replaces_the_cloud(cache: Path) -> No
     assert load_offers() == first
     assert load_offers(offline=True).offers == offline_offers()
     assert [path.name for path in cache.iterdir()] == ["aws.json"]
+
+
+@pytest.mark.usefixtures("cache")
+def test_load_offers__prices_of_storage__are_kept_and_go_before_those_shipped() -> None:
+    today = datetime.now(UTC).date()
+    places = {("aws", "us-east-1", "disk"): 0.07, ("aws", "ap-south-1", "disk"): 0.0912, ("aws", "x", "disk"): 0.0}
+    storage = tuple(
+        StoragePrice(cloud=cloud, region=region, kind=kind, usd_per_gib_month=price)
+        for (cloud, region, kind), price in places.items()
+    )
+    fetched = load_offers(refresh=True, fetchers=answer("aws", offer(observed=today), storage=storage))
+    assert fetched.notes[-1] == f"aws: storage prices of 3 regions as of {today}"
+    assert load_offers() == fetched
+    price = partial(storage_usd_per_gib_month, "aws", kind="disk", fetched=fetched.storage)
+    assert [price(region) for region in ("us-east-1", "ap-south-1", "eu-west-1", "x")] == [
+        0.07,
+        0.0912,
+        0.088,
+        None,
+    ]
 
 
 @pytest.mark.usefixtures("cache")

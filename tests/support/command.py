@@ -12,11 +12,17 @@ from typing import Any
 
 import psutil
 
+from tests.support.peaks import share_peaks
+
 _FORGE = [sys.executable, "-m", "forge.cli.app"]
 
 
 def environment(folder: Path, **changes: str) -> dict[str, str]:
-    """Return this process's environment with forge's cache and state under `folder` and no W&B key."""
+    """Return this process's environment with forge's cache and state under `folder` and no W&B key.
+
+    The state has the session's peaks of the CPU.
+    """
+    share_peaks(folder / "state")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB_", "FORGE_"))}
     for name in ("NO_COLOR", "FORCE_COLOR", "COLUMNS", "TERM"):
         kept.pop(name, None)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from forge.pricing.catalog import machine_types
 from forge.pricing.fetch.http_json import MALFORMED
 from forge.pricing.offer import Offer, build_offer
 from forge.pricing.snapshot import PriceSnapshot
+from forge.pricing.transfer import StorageKind, StoragePrice
 
 _AT_ONCE = 16
 _LINUX = {
@@ -31,6 +33,14 @@ _LINUX = {
     "marketoption": "OnDemand",
 }
 """Attributes of a product that is a plain machine with Linux."""
+_STORAGE: Mapping[StorageKind, tuple[str, Mapping[str, str]]] = {
+    "disk": ("AmazonEC2", {"productFamily": "Storage", "volumeApiName": "gp3"}),
+    "object": (
+        "AmazonS3",
+        {"productFamily": "Storage", "storageClass": "General Purpose", "volumeType": "Standard"},
+    ),
+}
+"""Service and attributes of the products that store."""
 
 
 def fetch_aws(today: date) -> PriceSnapshot:
@@ -42,6 +52,7 @@ def fetch_aws(today: date) -> PriceSnapshot:
     """
     names = tuple(machine_types("aws"))
     with ThreadPoolExecutor(max_workers=_AT_ONCE) as pool:
+        stored = pool.map(_storage_prices, _STORAGE)
         found = dict(zip(names, pool.map(_on_demand_prices, names), strict=True))
         regions: dict[str, list[str]] = {}
         for name, prices in found.items():
@@ -58,7 +69,15 @@ def fetch_aws(today: date) -> PriceSnapshot:
     refused = [
         f"no spot prices of {region}: {answer}" for region, answer in spot.items() if isinstance(answer, str)
     ]
-    return PriceSnapshot(source="aws", observed=today, offers=tuple(offers), notes=tuple(refused))
+    storage: list[StoragePrice] = []
+    for answer in stored:
+        if isinstance(answer, str):
+            refused.append(f"no prices of storage: {answer}")
+        else:
+            storage += answer
+    return PriceSnapshot(
+        source="aws", observed=today, offers=tuple(offers), storage=tuple(storage), notes=tuple(refused)
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,29 +116,47 @@ def zone_spot_prices(region: str, *, names: Sequence[str]) -> dict[tuple[str, st
 
 def _on_demand_prices(name: str) -> dict[str, float]:
     """Return the price of a machine type by region. Raises: ClusterError if AWS cannot be asked."""
-    wanted = [
-        {"Type": "TERM_MATCH", "Field": field, "Value": value}
-        for field, value in (_LINUX | {"instanceType": name}).items()
+    return _prices("AmazonEC2", _LINUX | {"instanceType": name}, unit="Hrs")
+
+
+def _storage_prices(kind: StorageKind) -> list[StoragePrice] | str:
+    """Return the prices of the first tier by region, or why AWS does not answer."""
+    service, attributes = _STORAGE[kind]
+    try:
+        prices = _prices(service, attributes, unit="GB-Mo")
+    except ClusterError as error:
+        return str(error)
+    return [
+        StoragePrice(cloud="aws", region=region, kind=kind, usd_per_gib_month=price)
+        for region, price in sorted(prices.items())
     ]
+
+
+def _prices(service: str, attributes: Mapping[str, str], *, unit: str) -> dict[str, float]:
+    """Return the price of a product by region. Raises: ClusterError if AWS cannot be asked."""
+    wanted = [{"Type": "TERM_MATCH", "Field": field, "Value": value} for field, value in attributes.items()]
     prices: dict[str, float] = {}
     with aws_errors(ANY_REGION):
         pages = client("pricing", ANY_REGION).get_paginator("get_products")
-        for page in pages.paginate(ServiceCode="AmazonEC2", Filters=wanted):
+        for page in pages.paginate(ServiceCode=service, Filters=wanted):
             for text in page["PriceList"]:
                 with contextlib.suppress(*MALFORMED):
-                    region, price = _price(json.loads(text))
+                    region, price = _price(json.loads(text), unit=unit)
                     prices[region] = price
     return prices
 
 
-def _price(product: Any) -> tuple[str, float]:
-    """Return region and USD per hour of a product. Raises: one of MALFORMED if it does not say them."""
+def _price(product: Any, *, unit: str) -> tuple[str, float]:
+    """Return region and USD of a product in its first tier. Raises: one of MALFORMED if it does not say them."""
     region = product["product"]["attributes"]["regionCode"]
+    if not isinstance(region, str):
+        raise ValueError("no region")
     for term in product["terms"]["OnDemand"].values():
         for dimension in term["priceDimensions"].values():
-            if dimension["unit"] == "Hrs" and (price := float(dimension["pricePerUnit"]["USD"])) > 0:
-                return str(region), price
-    raise ValueError("no price per hour")
+            is_first = dimension["unit"] == unit and dimension.get("beginRange", "0") == "0"
+            if is_first and 0 < (price := float(dimension["pricePerUnit"]["USD"])) < math.inf:
+                return region, price
+    raise ValueError(f"no price per {unit}")
 
 
 def _spot_by_zone_id(region: str, names: Sequence[str]) -> dict[tuple[str, str], float] | str:

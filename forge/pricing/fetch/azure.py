@@ -5,7 +5,10 @@ Source: https://learn.microsoft.com/rest/api/cost-management/retail-prices/azure
 
 from __future__ import annotations
 
+import contextlib
+import math
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from datetime import date
 from typing import Any
 from urllib.parse import quote, urlsplit
@@ -15,6 +18,7 @@ from forge.pricing.catalog import machine_types
 from forge.pricing.fetch.http_json import MALFORMED, JsonClient
 from forge.pricing.offer import build_offer
 from forge.pricing.snapshot import PriceSnapshot
+from forge.pricing.transfer import PREMIUM_DISK_GIB, StorageKind, StoragePrice
 
 _URL = "https://prices.azure.com/api/retail/prices"
 _MAX_PAGES = 500
@@ -24,15 +28,38 @@ _NOT_LINUX_VMS = ("Windows", "Low Priority", "Dedicated", "Cloud Services", "Clo
 """Words in the name of a product or meter that is no virtual machine with Linux, on demand or spot."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StorageMeter:
+    """A meter of Azure that charges for storage."""
+
+    kind: StorageKind
+    products: tuple[str, ...]
+    unit: str
+    gib: float
+    """Of one unit."""
+
+
+_STORAGE = {
+    "Hot LRS Data Stored": StorageMeter(
+        kind="object", products=("Blob Storage", "General Block Blob v2"), unit="1 GB/Month", gib=1.0
+    ),
+    "P15 LRS Disk": StorageMeter(
+        kind="disk", products=("Premium SSD Managed Disks",), unit="1/Month", gib=PREMIUM_DISK_GIB
+    ),
+}
+"""By name."""
+
+
 def fetch_azure(today: date, *, url: str = _URL, client: JsonClient | None = None) -> PriceSnapshot:
     """Return the prices of the catalogue's machine types in all regions.
 
     Raises: ClusterError as `JsonClient.get`, or if no type is in the answer.
     """
-    known = machine_types("azure")
+    known, client = machine_types("azure"), client or JsonClient(name="Azure's price list", headers={})
     prices: dict[tuple[str, str, bool], tuple[str, float]] = {}
+    names = " or ".join(f"armSkuName eq '{name}'" for name in known)
     skipped = 0
-    for item in _items(url, client or JsonClient(name="Azure's price list", headers={})):
+    for item in _items(url, f"serviceName eq 'Virtual Machines' and ({names})", client=client):
         try:
             key, price = _price(item)
         except MALFORMED:
@@ -43,9 +70,16 @@ def fetch_azure(today: date, *, url: str = _URL, client: JsonClient | None = Non
     places = sorted({(name, region) for name, region, _ in prices})
     if not places:
         raise ClusterError("Azure's price list has none of the machine types that forge knows")
+    notes = [f"{skipped} entries without a name, region or price were skipped"] if skipped else []
+    storage: tuple[StoragePrice, ...] = ()
+    try:
+        storage = _storage_prices(url, client)
+    except ClusterError as error:
+        notes.append(f"no prices of storage: {error}")
     return PriceSnapshot(
         source="azure",
         observed=today,
+        storage=storage,
         offers=tuple(
             build_offer(
                 known[name],
@@ -58,14 +92,41 @@ def fetch_azure(today: date, *, url: str = _URL, client: JsonClient | None = Non
             )
             for name, region in places
         ),
-        notes=(f"{skipped} entries without a name, region or price were skipped",) if skipped else (),
+        notes=tuple(notes),
     )
 
 
-def _items(url: str, client: JsonClient) -> Iterator[Any]:
-    """Yield the entries of all pages. Raises: ClusterError if a page is not of the documented form."""
-    names = " or ".join(f"armSkuName eq '{name}'" for name in machine_types("azure"))
-    wanted = f"serviceName eq 'Virtual Machines' and priceType eq 'Consumption' and ({names})"
+def _storage_prices(url: str, client: JsonClient) -> tuple[StoragePrice, ...]:
+    """Return the prices of storage by kind and region; of two products with one meter the dearer.
+
+    Raises: ClusterError as `JsonClient.get`.
+    """
+    meters = " or ".join(f"meterName eq '{meter}'" for meter in _STORAGE)
+    found: dict[tuple[StorageKind, str], float] = {}
+    for item in _items(url, f"serviceName eq 'Storage' and ({meters})", client=client):
+        with contextlib.suppress(*MALFORMED):  # of another form
+            meter = _STORAGE.get(str(item["meterName"]))
+            if meter is None or item["productName"] not in meter.products or item["currencyCode"] != "USD":
+                continue
+            price, region = float(item["retailPrice"]) / meter.gib, item["armRegionName"]
+            if item["unitOfMeasure"] != meter.unit or float(item["tierMinimumUnits"]) or not region:
+                continue
+            if isinstance(region, str) and 0 < price < math.inf:
+                found[meter.kind, region] = max(price, found.get((meter.kind, region), 0.0))
+    prices = (
+        StoragePrice(cloud="azure", region=region, kind=kind, usd_per_gib_month=price)
+        for (kind, region), price in sorted(found.items())
+    )
+    return tuple(prices)
+
+
+def _items(url: str, wanted: str, *, client: JsonClient) -> Iterator[Any]:
+    """Yield the entries of all pages. Raises: ClusterError if a page is not of the documented form.
+
+    Args:
+        wanted: a filter in the form of the API.
+    """
+    wanted = f"priceType eq 'Consumption' and {wanted}"
     first = f"{url}?currencyCode=USD&$filter={quote(wanted)}"
     page: Any = first
     num_items = 0

@@ -19,6 +19,7 @@ from forge.pricing.catalog import MachineType, machine_types
 from forge.pricing.fetch.http_json import MALFORMED, JsonClient
 from forge.pricing.offer import Offer, build_offer
 from forge.pricing.snapshot import PriceSnapshot
+from forge.pricing.transfer import StoragePrice
 
 API_KEY = "FORGE_GCP_API_KEY"
 _URL = "https://cloudbilling.googleapis.com/v1/services/6F81-5844-456A/skus"
@@ -28,6 +29,8 @@ _HOURS_PER_MONTH = 730
 """With which GCP converts prices per month, such as those of disks."""
 _PART = re.compile(r"(?:Spot Preemptible )?(.+?) (Core|Ram|GPU)\b")
 _LOCAL_SSD = "SSD backed Local Storage"
+_DISK = "Balanced PD Capacity"
+"""Of one zone; `Regional Balanced PD Capacity` has two copies."""
 _OTHER_PRODUCTS = ("Sole Tenancy", "Reserved", "Premium", "Custom", "Suspended", "suspended", "DWS", "Commitment")
 _ANY_NAME = {"Nvidia H100 80GB Plus": "Nvidia H100 80GB Mega"}
 
@@ -67,7 +70,7 @@ def fetch_gcp(today: date, *, url: str = _URL, client: JsonClient | None = None)
     if not key:
         raise ClusterError(f"GCP's price catalog needs an API key of a project: set {API_KEY}")
     client = client or JsonClient(name="GCP's price catalog", headers={"X-Goog-Api-Key": key})
-    parts: dict[str, _Places] = {}
+    parts: dict[str, _Places] = {}  # of disks per month
     skipped = 0
     for sku in _skus(url, client):
         try:
@@ -78,7 +81,12 @@ def fetch_gcp(today: date, *, url: str = _URL, client: JsonClient | None = None)
     if not offers:
         raise ClusterError("GCP's price catalog has none of the machine types that forge knows")
     notes = (f"{skipped} entries without a price or region were skipped",) if skipped else ()
-    return PriceSnapshot(source="gcp", observed=today, offers=tuple(offers), notes=notes)
+    disks = tuple(
+        StoragePrice(cloud="gcp", region=region, kind="disk", usd_per_gib_month=price)
+        for (region, is_spot), price in sorted(parts.get(_DISK, {}).items())
+        if not is_spot
+    )
+    return PriceSnapshot(source="gcp", observed=today, offers=tuple(offers), storage=disks, notes=notes)
 
 
 def _skus(url: str, client: JsonClient) -> Iterator[Any]:
@@ -106,6 +114,8 @@ def _add_sku(parts: dict[str, _Places], sku: Mapping[str, Any]) -> None:
         part = f"{_ANY_NAME.get(match[1], match[1])} {match[2]}"
     elif description.startswith(_LOCAL_SSD):
         part = _LOCAL_SSD
+    elif description.startswith(_DISK):
+        part = _DISK
     else:
         return
     rate = sku["pricingInfo"][-1]["pricingExpression"]["tieredRates"][0]["unitPrice"]  # in the order of time

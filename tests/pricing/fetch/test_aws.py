@@ -37,6 +37,8 @@ class FakeAws:
     refused: set[str] = field(default_factory=set)
     throttled: int = 0
     """Requests for on-demand prices that are refused first."""
+    storage: dict[str, list[Any]] = field(default_factory=lambda: {"AmazonEC2": [], "AmazonS3": []})
+    """Products by service; others are refused."""
     asked: Counter[str] = field(default_factory=Counter)
 
     def reply(self, _: str, headers: dict[str, str], body: bytes) -> Answer:
@@ -56,10 +58,12 @@ class FakeAws:
         )
 
     def _products(self, request: dict[str, Any]) -> Answer:
+        wanted = {one["Field"]: one["Value"] for one in request["Filters"]}
+        if wanted.get("productFamily") == "Storage":
+            return self._storage(request["ServiceCode"], wanted)
         self.asked["GetProducts"] += 1
         if self.asked["GetProducts"] <= self.throttled:
             return as_json({"__type": "ThrottlingException", "message": "Rate exceeded"}, status=400)
-        wanted = {one["Field"]: one["Value"] for one in request["Filters"]}
         assert (wanted["operatingSystem"], wanted["tenancy"], wanted["preInstalledSw"]) == ("Linux", "Shared", "NA")
         products = self.on_demand.get(wanted["instanceType"], [])
         first = int(request.get("NextToken", "0"))
@@ -67,6 +71,17 @@ class FakeAws:
         if first + 1 < len(products):
             answer["NextToken"] = str(first + 1)
         return as_json(answer)
+
+    def _storage(self, service: str, wanted: dict[str, str]) -> Answer:
+        if service not in self.storage:
+            return as_json({"__type": "AccessDeniedException", "message": "no right"}, status=400)
+        assert wanted.items() >= WANTED_STORAGE[service].items()
+        products = [
+            one
+            for one in self.storage[service]
+            if all(one["product"]["attributes"].get(name, "Storage") == value for name, value in wanted.items())
+        ]
+        return as_json({"FormatVersion": "aws_v1", "PriceList": [json.dumps(one) for one in products]})
 
     def _history(self, region: str, values: dict[str, str]) -> Answer:
         names = {value for name, value in values.items() if name.startswith("InstanceType.")}
@@ -119,6 +134,25 @@ def product(region: str | None, usd: str | None, *, unit: str = "Hrs") -> dict[s
         "version": "20261127180000",
         "publicationDate": "2026-11-27T18:00:00Z",
     }
+
+
+WANTED_STORAGE = {
+    "AmazonEC2": {"volumeApiName": "gp3"},
+    "AmazonS3": {"storageClass": "General Purpose", "volumeType": "Standard"},
+}
+
+
+def stored(service: str, region: str | None, *tiers: tuple[str, str], **attributes: str) -> dict[str, Any]:
+    """A product that stores, its tiers as (first GB, USD) in the order of AWS, which is any."""
+    found = product(region, None)
+    found["product"]["productFamily"] = "Storage"
+    found["product"]["attributes"] = WANTED_STORAGE[service] | {"regionCode": region} | attributes
+    [term] = found["terms"]["OnDemand"].values()
+    term["priceDimensions"] = {
+        f"SKU.JRTCKXETXF.{first}": {"unit": "GB-Mo", "beginRange": first, "pricePerUnit": {"USD": usd}}
+        for first, usd in tiers
+    }
+    return found
 
 
 @contextmanager
@@ -195,3 +229,35 @@ def test_fetch__no_credentials__says_what_to_do(monkeypatch: pytest.MonkeyPatch,
         monkeypatch.setenv(name, str(tmp_path / "none"))
     with pytest.raises(ClusterError, match=r"no AWS credentials were found: .*; run `aws configure`"):
         fetch_aws(TODAY)
+
+
+def test_fetch__storage__is_the_first_tier_of_each_region() -> None:
+    tiers = (("51200", "0.0240000000"), ("0", "0.0250000000"), ("512000", "0.0230000000"))
+    fake = FakeAws(
+        on_demand={P5: [product("ap-south-1", "55.04")]},
+        storage={
+            "AmazonEC2": [
+                stored("AmazonEC2", "ap-south-1", ("0", "0.0912000000")),
+                stored("AmazonEC2", "us-gov-west-1", ("0", "0.0960000000")),
+                stored("AmazonEC2", "eu-west-1", ("0", "0.0000000000")),
+                stored("AmazonEC2", None, ("0", "0.1")),
+                stored("AmazonEC2", "ap-south-1", ("0", "0.1"), volumeApiName="gp2"),
+            ],
+            "AmazonS3": [stored("AmazonS3", "ap-south-1", *tiers)],
+        },
+    )
+    with serving(fake):
+        found = fetch_aws(TODAY)
+    prices = {(one.region, one.kind): one.usd_per_gib_month for one in found.storage}
+    assert prices == {
+        ("ap-south-1", "disk"): 0.0912,
+        ("us-gov-west-1", "disk"): 0.096,
+        ("ap-south-1", "object"): 0.025,
+    }
+
+
+def test_fetch__storage_refused__keeps_the_prices_of_machines() -> None:
+    with serving(FakeAws(on_demand={P5: [product("us-east-1", "55.04")]}, storage={})):
+        found = fetch_aws(TODAY)
+    assert len(found.offers) == 1 and found.storage == ()
+    assert sum(note.startswith("no prices of storage: ") for note in found.notes) == 2

@@ -57,6 +57,11 @@ def page(items: list[Any], *, next_page: str | None = None) -> Answer:
     )
 
 
+def num_asked(server: PriceServer) -> int:
+    """Return how many requests were about machines."""
+    return sum("Virtual Machines" in unquote(path) for path in server.asked)
+
+
 def fetch(server: PriceServer, *, sleep: Callable[[float], None] = lambda _: None) -> Any:
     return fetch_azure(
         TODAY, url=server.url + "/api/retail/prices", client=JsonClient(name="Azure", headers={}, sleep=sleep)
@@ -79,6 +84,8 @@ def test_fetch__two_pages__prices_of_linux_on_demand_and_spot() -> None:
     ]
 
     def reply(path: str, _: dict[str, str], __: bytes) -> Answer:
+        if "Storage" in path:
+            return page([])
         if "skip" in path:
             return page(second)
         return page(first, next_page=f"{server.url}/api/retail/prices?currencyCode=USD&%24skip=1000")
@@ -90,7 +97,7 @@ def test_fetch__two_pages__prices_of_linux_on_demand_and_spot() -> None:
     assert {(offer.gpu, offer.num_gpus, offer.observed) for offer in found.offers} == {("H100-80GB", 8, TODAY)}
     wanted = unquote(parse_qs(urlsplit(server.asked[0]).query)["$filter"][0])
     assert "priceType eq 'Consumption'" in wanted and f"armSkuName eq '{H100}'" in wanted
-    assert len(server.asked) == 2
+    assert len(server.asked) == 3  # two pages, and storage
 
 
 def test_fetch__absent_fields_and_zero__are_unknown_and_counted() -> None:
@@ -110,7 +117,7 @@ def test_fetch__full_page_without_a_link__asks_for_the_next_one() -> None:
 
     with serve_prices(reply) as server:
         assert {offer.region for offer in fetch(server).offers} == {"eastus", "uksouth"}
-        assert len(server.asked) == 2
+        assert num_asked(server) == 2
 
 
 def test_fetch__two_prices_of_a_place__takes_the_one_that_took_effect_last() -> None:
@@ -129,7 +136,7 @@ def test_fetch__throttled__waits_as_told_and_repeats() -> None:
 
     with serve_prices(reply) as server:
         assert len(fetch(server, sleep=waited.append).offers) == 1
-    assert waited == [7.0, 2.0]
+    assert waited == 2 * [7.0, 2.0]  # for the machines, and for storage
 
 
 @pytest.mark.parametrize(
@@ -167,3 +174,57 @@ def test_client__huge_answer__is_not_read() -> None:
     client = JsonClient(name="Azure", headers={}, max_bytes=1000)
     with serve_prices(lambda *_: (200, {}, b" " * 2000)) as server, pytest.raises(ClusterError, match="more than"):
         client.get(server.url)
+
+
+def test_fetch__storage__first_tier_of_blobs_and_the_disk_of_a_machine() -> None:
+    hot = {
+        "meterName": "Hot LRS Data Stored",
+        "productName": "General Block Blob v2",
+        "skuName": "Hot LRS",
+        "serviceName": "Storage",
+        "serviceFamily": "Storage",
+        "unitOfMeasure": "1 GB/Month",
+        "armSkuName": "",
+    }
+    disk = hot | {
+        "meterName": "P15 LRS Disk",
+        "productName": "Premium SSD Managed Disks",
+        "skuName": "P15 LRS",
+        "unitOfMeasure": "1/Month",
+    }
+    meters = [
+        item(**hot, retailPrice=0.0208),
+        item(**hot, retailPrice=0.02, tierMinimumUnits=51200.0),
+        item(**hot | {"productName": "Blob Storage"}, retailPrice=0.0184),
+        item(**hot | {"productName": "Files v2"}, retailPrice=0.0287),
+        item(**hot, retailPrice=0.0, armRegionName="freeland"),
+        item(**hot, retailPrice=0.019, armRegionName=""),
+        {name: value for name, value in item(**hot, armRegionName="broken").items() if name != "retailPrice"},
+        item(**disk, retailPrice=38.01),
+        item(**disk | {"meterName": "P15 LRS Disk Mount"}, retailPrice=2.19),
+        item(**disk, retailPrice=45.6, armRegionName="westeurope"),
+        item(**disk, retailPrice=45.6, armRegionName="chinanorth", currencyCode="CNY"),
+    ]
+
+    def reply(path: str, _: dict[str, str], __: bytes) -> Answer:
+        wanted = parse_qs(urlsplit(path).query)["$filter"][0]
+        return page(meters if "serviceName eq 'Storage'" in wanted else [item()])
+
+    with serve_prices(reply) as server:
+        found = fetch(server)
+    prices = {(one.region, one.kind): one.usd_per_gib_month for one in found.storage}
+    assert prices == {
+        ("eastus", "object"): 0.0208,
+        ("eastus", "disk"): pytest.approx(0.2041, rel=1e-3),  # what forge ships
+        ("westeurope", "disk"): pytest.approx(45.6 / 186.26, rel=1e-3),
+    }
+
+
+def test_fetch__storage_does_not_answer__keeps_the_prices_of_machines() -> None:
+    def reply(path: str, _: dict[str, str], __: bytes) -> Answer:
+        return as_json({}, status=404) if "Storage" in unquote(path) else page([item()])
+
+    with serve_prices(reply) as server:
+        found = fetch(server)
+    assert len(found.offers) == 1 and found.storage == ()
+    assert [note for note in found.notes if note.startswith("no prices of storage: Azure")] == list(found.notes)

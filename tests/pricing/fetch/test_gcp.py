@@ -145,3 +145,17 @@ def test_fetch__no_key__says_which_variable(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.delenv(API_KEY)
     with pytest.raises(ClusterError, match=f"set {API_KEY}"):
         fetch_gcp(TODAY)
+
+
+def test_fetch__disks__of_one_zone_by_region() -> None:
+    balanced = [
+        sku("Balanced PD Capacity", 0.1, serviceRegions=["us-central1", "us-east1"]),
+        sku("Balanced PD Capacity in Japan", 0.13, serviceRegions=["asia-northeast1"]),
+        sku("Regional Balanced PD Capacity", 0.2),
+        sku("Balanced PD Capacity", None, serviceRegions=["europe-west1"]),
+    ]
+    with serve_prices(lambda *_: skus(*a3(spot=False), *balanced)) as server:
+        found = fetch_gcp(TODAY, url=f"{server.url}/v1/services/6F81-5844-456A/skus")
+    prices = {one.region: one.usd_per_gib_month for one in found.storage}
+    assert prices == pytest.approx({"us-central1": 0.1, "us-east1": 0.1, "asia-northeast1": 0.13})
+    assert {one.kind for one in found.storage} == {"disk"}
