@@ -45,6 +45,7 @@ from forge.serve.vllm.process import VLLM_MODULE
 
 MAX_TOKENS = 32
 START_S = 900
+"""vLLM compiles a model at its first start: 46 s alone on 2 cores, more than 5 minutes beside other work."""
 MODEL = Path(__file__).parents[1] / ".fixtures" / "smollm2"
 SERVERS = ("forge serve", "transformers serve", "transformers serve --continuous-batching")
 ENGINE = "forge engine"
@@ -104,7 +105,7 @@ class Server:
 def measure(start: Start, *, clients: Sequence[int], seed: int) -> list[LoadResult]:
     """Start a contender and let each number of clients use it, after a warm-up. Returns: what they measured."""
     loads = [(_WARM_UP_CLIENTS, _WARM_UP_SEED, _WARM_UP_CLIENTS)]
-    loads += [(number, seed * 100 + number, max(8, 2 * number)) for number in clients]
+    loads += [(number, seed * 100 + number, max(16, min(8 * number, 128))) for number in clients]
     if start.contender == ENGINE:
         request = {"model": str(start.model), "dtype": "bf16", "max_tokens": MAX_TOKENS, "loads": loads}
         as_in_replica = ["env", "GOMP_SPINCOUNT=2000", "MKL_CBWR=AUTO"]
@@ -206,7 +207,9 @@ def wait_for(program: Program, *, port: int) -> None:
         except OSError:
             pass
         time.sleep(0.3)
-    raise RuntimeError(f"the server does not answer:\n{program.last_words()}")
+    logs = sorted(program.folder.glob("state/servers/*/logs/*.log"))
+    ends = [f"{log.name}:\n{log.read_text(errors='replace')[-2000:]}" for log in logs]
+    raise RuntimeError("\n".join(["the server does not answer:", program.last_words(), *ends]))
 
 
 def figures_of(found: Figures, *, clients: Sequence[int]) -> dict[str, Any]:

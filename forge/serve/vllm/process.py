@@ -193,7 +193,8 @@ class VllmProcess:
 
 
 def _environment(install: VllmInstall, *, folder: Path) -> dict[str, str]:
-    unwanted = ("PYTHON", "RAY_", "VLLM_", "VIRTUAL_ENV", "LD_PRELOAD")
+    # The last two are settings of forge's engine, with which vLLM's threads would sleep between products.
+    unwanted = ("PYTHON", "RAY_", "VLLM_", "VIRTUAL_ENV", "LD_PRELOAD", "GOMP_SPINCOUNT", "MKL_CBWR")
     found = {name: value for name, value in child_environment().items() if not name.startswith(unwanted)}
     found |= {"PYTHONUTF8": "1", "PATH": f"{install.python.parent}{os.pathsep}{found.get('PATH', os.defpath)}"}
     found |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "DO_NOT_TRACK": "1", "VLLM_NO_USAGE_STATS": "1"}
