@@ -7,7 +7,8 @@ batched with. Where the two largest are closer than that, the tokens are chosen 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -41,7 +42,10 @@ def require_numbers(loaded: LoadedModel, outputs: Tensor) -> None:
 
 @torch.inference_mode()
 def exact_logits(loaded: LoadedModel, ids: Sequence[int], *, first: int, source: Sequence[int] = ()) -> Tensor:
-    """Logits for the tokens from `first` on, and for the one after the last, in fp64 on the CPU.
+    """Logits for the tokens from `first` on, and for the one after the last, on the CPU.
+
+    They are computed in fp64, or in fp32 where an operation of the model has no fp64; either way from the sequence
+    alone.
 
     Args:
         ids: a whole sequence; of an encoder-decoder what the decoder reads, with its start token.
@@ -50,8 +54,15 @@ def exact_logits(loaded: LoadedModel, ids: Sequence[int], *, first: int, source:
 
     Shapes: result: float64[len(ids) - first + 1, V].
     """
+    with suppress(RuntimeError):  # some kernels refuse fp64: fused experts, state spaces
+        return _logits_alone(loaded, ids, dtype=torch.float64, source=source)[first - 1 :]
+    return _logits_alone(loaded, ids, dtype=torch.float32, source=source)[first - 1 :]
+
+
+def _logits_alone(loaded: LoadedModel, ids: Sequence[int], *, dtype: torch.dtype, source: Sequence[int]) -> Tensor:
+    """Logits after each token. Shapes: float64[len(ids), V]."""
     tokens = torch.tensor([list(ids)], device=loaded.device)
-    with double_precision(loaded.model):
+    with converted(loaded.model, dtype=dtype):
         if source:
             encoded = torch.tensor([list(source)], device=loaded.device)
             found = loaded.model(input_ids=encoded, decoder_input_ids=tokens, use_cache=False).logits
@@ -59,15 +70,16 @@ def exact_logits(loaded: LoadedModel, ids: Sequence[int], *, first: int, source:
             found = loaded.model(input_ids=tokens, use_cache=False).logits
         else:
             found = loaded.model(tokens)
-    chosen: Tensor = found[0, first - 1 :].double().cpu()
+    chosen: Tensor = found[0].double().cpu()
     return chosen
 
 
 @contextmanager
-def double_precision(model: Any) -> Iterator[None]:
-    """Let every module of a model compute in fp64, by converting its own parameters while it runs.
+def converted(model: Any, *, dtype: torch.dtype) -> Iterator[None]:
+    """Let every module of a model compute in a wider dtype, by converting its own parameters while it runs.
 
-    A layer with adapters is converted as a whole: peft reads the dtypes of its parts before they compute.
+    A layer with adapters is converted as a whole: peft reads the dtypes of its parts before they compute. What a
+    module is given is converted too: T5 casts the input of a layer to the dtype that its weight has until then.
     """
     with ExitStack() as stack:
         parts: set[nn.Module] = set()
@@ -76,24 +88,26 @@ def double_precision(model: Any) -> Iterator[None]:
                 continue
             if hasattr(module, "cast_input_dtype_enabled"):
                 parts.update(module.modules())
-                stack.enter_context(_converted(module, recurse=True))
+                stack.enter_context(_module_converted(module, dtype=dtype, recurse=True))
             elif isinstance(module, nn.Embedding):  # a table is larger than what is looked up
-                handle = module.register_forward_hook(lambda module, arguments, output: output.double())
+                handle = module.register_forward_hook(lambda module, arguments, output: output.to(dtype))
                 stack.callback(handle.remove)
             elif module._parameters:
-                stack.enter_context(_converted(module))
+                stack.enter_context(_module_converted(module, dtype=dtype))
         yield
 
 
 @contextmanager
-def _converted(module: nn.Module, *, recurse: bool = False) -> Iterator[None]:
+def _module_converted(module: nn.Module, *, dtype: torch.dtype, recurse: bool = False) -> Iterator[None]:
     held: dict[nn.Parameter, Tensor] = {}
 
-    def convert(module: nn.Module, arguments: Any) -> None:
+    def convert(module: nn.Module, arguments: Any, named: Any) -> Any:
         for parameter in module.parameters(recurse=recurse):
             if parameter.is_floating_point():
                 held[parameter] = parameter.data
-                parameter.data = parameter.data.double()
+                parameter.data = parameter.data.to(dtype)
+        cast = partial(_cast, dtype=dtype)
+        return tuple(map(cast, arguments)), {name: cast(value) for name, value in named.items()}
 
     def restore(module: nn.Module, arguments: Any, output: Any) -> None:
         for parameter, data in held.items():
@@ -101,7 +115,7 @@ def _converted(module: nn.Module, *, recurse: bool = False) -> Iterator[None]:
         held.clear()
 
     handles = (
-        module.register_forward_pre_hook(convert),
+        module.register_forward_pre_hook(convert, with_kwargs=True),
         module.register_forward_hook(restore, always_call=True),
     )
     try:
@@ -109,3 +123,7 @@ def _converted(module: nn.Module, *, recurse: bool = False) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _cast(value: Any, *, dtype: torch.dtype) -> Any:
+    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value

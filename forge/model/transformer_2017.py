@@ -247,6 +247,13 @@ class Transformer2017ForConditionalGeneration(PreTrainedModel, GenerationMixin):
         shifted = torch.cat([first, labels[:, :-1]], dim=1)
         return shifted.masked_fill(shifted == -100, self.config.pad_token_id)
 
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, next_sequence_length: int | None = None, **options: Any
+    ) -> dict[str, Any]:
+        """Return the whole target for every token of it, also where `use_cache` is true: the model has no cache."""
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, **options)
+        return inputs
+
     def get_encoder(self, modality: str | None = None) -> nn.Module:
         return self.encoder
 

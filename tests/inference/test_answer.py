@@ -23,6 +23,7 @@ from forge.data.tokenizer import TextTokenizer, train_tokenizer
 from forge.errors import ArgumentError, DataError
 from forge.inference.answer import AnswerConfig, Answerer, check_record
 from forge.inference.encode import classify
+from forge.inference.exact import exact_logits
 from forge.inference.sequences import Chooser
 from forge.runtime import answer_process
 from tests.inference.conftest import TEXTS, write_model
@@ -194,6 +195,10 @@ def test_answer__encoder_decoder__is_what_transformers_writes(tmp_path: Path) ->
         )
         expected = model.generate(ids, max_new_tokens=8, do_sample=False)[0, 1:].tolist()
         assert found["text"] == answerer.loaded.decode(expected)
+    source = answerer.loaded.encode("a")
+    exact = exact_logits(answerer.loaded, [1, 5, 7], first=1, source=source)
+    single = model(input_ids=torch.tensor([source]), decoder_input_ids=torch.tensor([[1, 5, 7]])).logits[0]
+    torch.testing.assert_close(exact, single.double(), rtol=0, atol=1e-4)
     beams = Answerer(AnswerConfig(source=str(tmp_path / "t5"), sampling={"max_tokens": 8, "num_beams": 3}))
     ids = torch.tensor([answerer.loaded.encode("a")])
     expected = model.generate(ids, max_new_tokens=8, num_beams=3)[0, 1:].tolist()

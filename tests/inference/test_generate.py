@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, inject_adapter_in_model
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from forge.errors import ArgumentError
 from forge.inference.exact import exact_logits
@@ -70,6 +71,19 @@ def test_exact_logits__adapters__are_those_of_the_whole_model_in_fp64(
     assert all(torch.equal(value, kept[name]) for name, value in model.state_dict().items())
     with torch.inference_mode():
         expected = model.double()(input_ids=torch.tensor([ids])).logits[0]
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def test_exact_logits__experts_without_fp64__are_those_of_the_sequence_alone(llama_folder: Path) -> None:
+    loaded = load(llama_folder, dtype="fp32", device="cpu")
+    config = MixtralConfig(
+        vocab_size=loaded.text_tokenizer.vocab_size, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=2, num_local_experts=4,
+    )  # fmt: skip
+    model, ids = MixtralForCausalLM(config).eval(), loaded.encode(TEXTS[0])
+    found = exact_logits(replace(loaded, model=model), ids, first=1)
+    with torch.inference_mode():
+        expected = model(input_ids=torch.tensor([ids])).logits[0].double()
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 

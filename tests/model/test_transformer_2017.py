@@ -155,9 +155,11 @@ print(type(AutoModelForSeq2SeqLM.from_pretrained({str(tmp_path)!r})).__name__)
     assert done.stdout.strip() == "Transformer2017ForConditionalGeneration"
 
 
-def test_generate__greedy__is_the_likeliest_token_after_the_other() -> None:
+@pytest.mark.parametrize("use_cache", [False, True])
+def test_generate__greedy__is_the_likeliest_token_after_the_other(use_cache: bool) -> None:
     model, given = small(pad_token_id=1, decoder_start_token_id=1, eos_token_id=0), batch()
-    written = model.generate(given["input_ids"], attention_mask=given["attention_mask"], max_new_tokens=5)
+    chosen = {"max_new_tokens": 5, "use_cache": use_cache}
+    written = model.generate(given["input_ids"], attention_mask=given["attention_mask"], **chosen)
     ids = torch.full((3, 1), 1)
     for _ in range(written.shape[1] - 1):
         logits = model(input_ids=given["input_ids"], attention_mask=given["attention_mask"], decoder_input_ids=ids)
