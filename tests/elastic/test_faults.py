@@ -10,15 +10,15 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
-from forge.plan.plan import plan_from_json
 from forge.runs.reader import driver_pid, read_metrics, read_run
 from tests.support.command import forge, wait_for
 from tests.support.elastic import Machines, Run, leftovers, machines, start_run, stop_run, write_job
-from tests.support.ranks import run_ranks
+from tests.support.ranks import Recording, on_ranks, train_one_rank
 
 TOLERANCE = 2e-5
 NUM_MACHINES = 3
@@ -27,7 +27,7 @@ NUM_MACHINES = 3
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machines]:
     home = tmp_path_factory.mktemp("home")
-    write_job(home, steps=100_000)
+    write_job(home, steps=100_000, paced=True)
     with machines(home, count=NUM_MACHINES) as cluster:
         yield cluster
 
@@ -64,12 +64,19 @@ def assert_equals_undisturbed_run(run: Run, folder: Path) -> None:
     """Every step is recorded once, and the losses are those of a run in one process."""
     records = read_metrics(run.folder)
     assert [record["step"] for record in records] == list(range(1, len(records) + 1))
-    plan = plan_from_json((run.folder / "plan.json").read_text())
-    losses = run_ranks(plan, folder, world_size=1, stop_after=len(records)).losses
+    arguments = ((run.folder / "plan.json").read_text(), str(folder), 1, len(records))
+    (undisturbed,) = on_ranks(train_undisturbed, os.environ["FORGE_CACHE"], *arguments, world_size=1)
+    losses = undisturbed.losses
     worst = max(abs(record["train/loss"] - loss) for record, loss in zip(records, losses, strict=True))
     assert worst < TOLERANCE
     for event in run.of("StepRepeated"):
         assert event["loss"] == pytest.approx(losses[event["step"] - 1], abs=TOLERANCE)
+
+
+def train_undisturbed(rank: int, cache: str, *arguments: Any) -> Recording:
+    """Train as `train_one_rank` does, with the code of the run from its cache."""
+    os.environ["FORGE_CACHE"] = cache
+    return train_one_rank(rank, *arguments)
 
 
 def chaos(run: Run, what: str, *arguments: str) -> None:

@@ -26,6 +26,19 @@ from tests.support.command import environment, wait_for
 from tests.support.command import forge as run_forge
 
 TEXT = "the cat sat on a mat and saw one dog run past his old red barn while rain fell down hard"
+PACED = """\
+import os
+import time
+
+from forge.objective.causal_lm import CausalLm
+
+
+class PacedLm(CausalLm):
+    def loss(self, model, batch):
+        if int(os.environ["WORLD_SIZE"]) > 1:
+            time.sleep(0.05)
+        return super().loss(model, batch)
+"""
 JOB = """\
 name: elastic
 model: {{architecture: llama, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, num_attention_heads: 2}}
@@ -43,9 +56,21 @@ tracking: {{wandb: {{mode: disabled}}}}
 """
 
 
-def write_job(folder: Path, *, steps: int, workers: str = "1..3", stage: int = 1, lr: float = 1e-4) -> None:
-    """Write a tiny job in fp32, so that losses can be compared closely, with its corpus."""
-    (folder / "job.yaml").write_text(JOB.format(steps=steps, workers=workers, stage=stage, lr=lr))
+def write_job(
+    folder: Path, *, steps: int, workers: str = "1..3", stage: int = 1, lr: float = 1e-4, paced: bool = False
+) -> None:
+    """Write a tiny job in fp32, so that losses can be compared closely, with its corpus.
+
+    Args:
+        paced: several ranks wait 50 ms in each step, which leaves the cores to what the test starts meanwhile, and
+            fewer steps to repeat in one process.
+    """
+    job = JOB.format(steps=steps, workers=workers, stage=stage, lr=lr)
+    if paced:
+        (folder / "src").mkdir(exist_ok=True)
+        (folder / "src" / "paced.py").write_text(PACED)
+        job = f"code: ./src\n{job}".replace("training:\n", "training:\n  objective: paced:PacedLm\n")
+    (folder / "job.yaml").write_text(job)
     (folder / "corpus").mkdir(exist_ok=True)
     chance = random.Random(0)
     for number in range(40):
