@@ -201,7 +201,7 @@ class Agent:
                 peer = tuple(command["peer"]) if command["peer"] else None
                 self._workers.set_peer(peer, generation=command["generation"])
             case "set_devices":
-                self._workers.devices = command["devices"]
+                self._workers.set_devices(command["devices"])
             case "set_heartbeat":
                 self._heartbeat_s = command["heartbeat_s"]
             case "shut_down":

@@ -14,6 +14,9 @@ from forge.elastic.rpc import Message, pack, unpack
 from forge.elastic.states import FlushToStorage, MembershipState, StartGeneration
 from forge.plan.checkpoint_interval import CheckpointRisk
 
+LOOPBACK = "lo"
+"""The network interface of ranks that are all on one node."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerSpec:
@@ -25,6 +28,8 @@ class WorkerSpec:
     local_rank: int
     local_world_size: int
     device: str
+    gpus: list[str]
+    """The run's GPUs on the node, as of `CUDA_VISIBLE_DEVICES`; empty on CPU."""
     num_threads: int
     """CPU threads of torch."""
     checkpoints: str
@@ -33,7 +38,7 @@ class WorkerSpec:
     """Address of rank 0's node, for the rendezvous."""
     port: int
     interface: str | None
-    """Network interface for gloo."""
+    """Network interface for gloo and, of several nodes, for NCCL; None: they find one."""
     step: int
     shards: list[dict[str, Any]]
     """Snapshots to continue from: generation, rank, and `fd` or `endpoint`; empty: continue from storage."""

@@ -19,7 +19,6 @@ from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import deepspeed
-import deepspeed.ops
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -44,6 +43,7 @@ from forge.objective.base import (
     derived_metrics,
 )
 from forge.train.base_weights import digest_base, initial_weights
+from forge.train.cuda import move_to
 from forge.train.first_pass import Prepared, with_first_pass
 from forge.train.metric_sums import MetricSums
 from forge.train.metrics import peak_memory_gib
@@ -248,7 +248,7 @@ class Engine:
         return self._module.objective.batch({**batch.arrays, "row_seeds": seeds})
 
     def _forward(self, inputs: _Inputs, *, with_metrics: bool = False, is_first_pass: bool = False) -> torch.Tensor:
-        moved = {name: values.to(self.device, non_blocking=True) for name, values in inputs.items()}
+        moved = move_to(self.device, inputs)
         loss: torch.Tensor = self._engine(moved, with_metrics=with_metrics, is_first_pass=is_first_pass)
         return loss
 
@@ -278,9 +278,8 @@ class Engine:
         own = torch.tensor([*flags, *memory, *cost], dtype=torch.float64, device=self.device)
         shared = torch.cat([sums.values, own])
         dist.all_reduce(shared)
-        sums.values = shared[: len(sums.values)]
-        rest = shared[len(sums.values) :].tolist()
-        flags, per_rank = rest[: len(names)], rest[len(names) :]
+        sums.values, rest = shared.cpu().split([len(sums.values), len(own)])  # the only wait of a step for a GPU
+        flags, per_rank = rest[: len(names)].tolist(), rest[len(names) :].tolist()
         return _Shared(
             loss_sum=sums.values[0].item(),
             weight=sums.values[1].item(),

@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime import compiler
 
+from forge.train.cuda import set_up_nccl
+
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=10)
 
 
@@ -32,6 +34,8 @@ def join_process_group(*, device: torch.device, rendezvous: Rendezvous | None = 
         rendezvous: address of the store; by default `MASTER_ADDR` and `MASTER_PORT`.
     """
     import_late_modules(device=device.type)
+    if device.type == "cuda":
+        set_up_nccl()
     if rendezvous is not None:
         _init_with_store(rendezvous, device=device)  # DeepSpeed uses the existing group
     deepspeed.init_distributed(
@@ -69,6 +73,8 @@ def _init_with_store(rendezvous: Rendezvous, *, device: torch.device) -> None:
         rank=rank,
         world_size=world_size,
         timeout=COLLECTIVE_TIMEOUT,
+        # NCCL then connects now and not in the first collective; a single rank has none to connect with.
+        device_id=device if device.type == "cuda" and world_size > 1 else None,
     )
 
 

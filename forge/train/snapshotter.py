@@ -1,24 +1,22 @@
 """Take snapshots of a rank's state in shared memory, overlapped with the next forward and backward pass.
 
 Only an update changes the state (except buffers, which are copied at once), so `begin` returns immediately, a
-thread copies, and `settle`, called before every update, waits for the rest. Training pays only for that wait. A
-`ReplicaClient` keeps snapshots beyond the life of the rank, on this machine and on another; without one they serve
-checkpoints only.
+thread copies, and `settle`, called before every update, waits for the rest; on a GPU it is the GPU that waits
+(`forge.train.snapshot_copy`). Training pays only for that wait. A `ReplicaClient` keeps snapshots beyond the life
+of the rank, on this machine and on another; without one they serve checkpoints only.
 """
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
-import torch
-
 from forge.checkpoint.manifest import Progress, base_record, shape_record
 from forge.checkpoint.snapshot_buffer import NUM_SLOTS, SnapshotBuffer, create_snapshot_buffer
+from forge.train.snapshot_copy import SnapshotCopier
 from forge.train.state import TrainState
 
 # A state of at most this size is copied faster than a thread starts.
@@ -54,6 +52,7 @@ class PendingSnapshot:
     """How long training has waited for it."""
     failure: str | None = None
     is_copied: threading.Event = field(default_factory=threading.Event)
+    """On a GPU: that the copy is queued."""
     thread: threading.Thread | None = None
 
 
@@ -63,6 +62,7 @@ class Snapshotter:
     def __init__(self, state: TrainState, *, replica_client: ReplicaClient | None = None) -> None:
         self._state, self._replica_client = state, replica_client
         self.buffer = create_snapshot_buffer(state.layout, about={"shape": shape_record(state.shape)})
+        self._copier = SnapshotCopier(state, self.buffer)
         self._pending: PendingSnapshot | None = None
         self._pinned: set[int] = set()
         self._cpu_s = self._counted_cpu_s = self._stall_s = 0.0
@@ -92,8 +92,7 @@ class Snapshotter:
         base = self._state.shape.base
         metadata = {"progress": asdict(progress)} | ({"base": base_record(base)} if base is not None else {})
         metadata |= dict(self._replica_client.metadata() if self._replica_client else {})
-        self._state.copy_to(self.buffer.begin(pending.slot), buffers=True)
-        arguments = (pending, metadata, _record_cuda_event(self._state.device), on_done)
+        arguments = (pending, metadata, self._copier.begin(pending.slot), on_done)
         is_small = self._state.layout.size_bytes <= _SMALL_BYTES and self._state.device.type == "cpu"
         if is_small and on_done is None:  # a callback may block, so it needs a thread
             self._copy(*arguments)
@@ -104,11 +103,14 @@ class Snapshotter:
         return pending
 
     def settle(self) -> None:
-        """Wait until the state may change, because the snapshot is complete."""
-        if self._pending is not None and not self._pending.is_copied.is_set():
+        """Wait until the state may change, because the snapshot has been copied, or have the GPU wait for that."""
+        if self._pending is None:
+            return
+        if not self._pending.is_copied.is_set():
             began = time.monotonic()
             self._pending.is_copied.wait()
             self._count_stall(self._pending, began)
+        self._copier.hold_update()
 
     def join(self) -> None:
         """Wait until the last snapshot is complete and published."""
@@ -127,7 +129,10 @@ class Snapshotter:
 
     def take_cost_s(self) -> float:
         """Return the cost of snapshots since the last call, in seconds: waiting, and on CPU also the CPU time."""
-        cost_s, self._stall_s = self._stall_s, 0.0
+        held_s = self._copier.take_held_s()
+        if self._pending is not None:
+            self._pending.stall_s += held_s
+        cost_s, self._stall_s = self._stall_s + held_s, 0.0
         if self._state.device.type == "cpu":
             cpu_s = self._cpu_s + (self._replica_client.cpu_s() if self._replica_client else 0.0)
             cost_s += max(0.0, cpu_s - self._counted_cpu_s)
@@ -137,6 +142,7 @@ class Snapshotter:
     def close(self) -> None:
         """Close the memory, which is freed unless another process has it open."""
         self.join()
+        self._copier.close()
         self.buffer.close()
 
     def _free_slot(self) -> int:
@@ -156,10 +162,9 @@ class Snapshotter:
     ) -> None:
         began_s = time.thread_time()
         try:
-            with _side_stream(event):
-                self.buffer.prepare(pending.slot)
-                self._state.copy_to(self.buffer.data(pending.slot), buffers=False)
+            self._copier.copy(pending.slot, after=event)
             pending.is_copied.set()  # training continues
+            self._copier.wait()
             self.buffer.commit(pending.slot, step=pending.step, state=metadata)
             if self._replica_client is not None:
                 self._replica_client.publish(step=pending.step, slot=pending.slot)
@@ -176,21 +181,3 @@ class Snapshotter:
         stall_s = time.monotonic() - began
         pending.stall_s += stall_s
         self._stall_s += stall_s
-
-
-def _record_cuda_event(device: torch.device) -> Any:
-    """Record a CUDA event in the current stream; None on CPU."""
-    return torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
-
-
-@contextlib.contextmanager
-def _side_stream(event: Any) -> Iterator[None]:
-    """On a GPU, run copies in a side stream after `event`, and wait for them at the end."""
-    if event is None:
-        yield
-        return
-    stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    stream.wait_event(event)
-    with torch.cuda.stream(stream):
-        yield
-    stream.synchronize()

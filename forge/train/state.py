@@ -121,7 +121,8 @@ class TrainState:
 
     @torch.no_grad()
     def copy_to(self, memory: memoryview, *, buffers: bool) -> None:
-        """Copy the shards this rank claims to host memory, in the order of `layout`.
+        """Copy the shards this rank claims to host memory, in the order of `layout`; those of a GPU asynchronously
+        in the current stream, if the memory is page-locked.
 
         Args:
             buffers: True: copy only buffers, which a forward pass may change; False: copy everything else.
@@ -129,7 +130,9 @@ class TrainState:
         for shard, kind, at in self._sources:
             if (kind == "buffer") == buffers:
                 source = self.tensor(shard, kind)
-                torch.frombuffer(memory, dtype=source.dtype, count=source.numel(), offset=at).copy_(source)
+                torch.frombuffer(memory, dtype=source.dtype, count=source.numel(), offset=at).copy_(
+                    source, non_blocking=True
+                )
 
     @torch.no_grad()
     def read(self, checkpoint: Readable) -> None:
@@ -152,9 +155,10 @@ class TrainState:
         for start in range(shard.start, shard.stop, numel):
             piece = shard.narrow(start, start + numel)
             target = self.tensor(piece, kind)
-            staged = torch.empty(target.shape, dtype=target.dtype)
+            # Page-locked memory, which torch reuses only after the copy: the next piece is read meanwhile.
+            staged = torch.empty(target.shape, dtype=target.dtype, pin_memory=target.device.type == "cuda")
             checkpoint.read([(self.interval(piece, kind), bytes_of(staged))])
-            target.copy_(staged)
+            target.copy_(staged, non_blocking=True)
 
     @torch.no_grad()
     def load_weights(self, source: WeightSource) -> None:

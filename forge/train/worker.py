@@ -39,6 +39,7 @@ from forge.plan.inputs import InitInfo
 from forge.plan.plan import Plan
 from forge.train.async_checkpoint import AsyncCheckpointer
 from forge.train.checkpoint_interval import CheckpointInterval
+from forge.train.cuda import abort_collectives, create_context
 from forge.train.engine import DTYPES, Engine, build_engine
 from forge.train.frozen_model import build_frozen, build_teacher
 from forge.train.loop import LoopResult, SnapshotPolicy, TrainInputs, train
@@ -115,7 +116,7 @@ def run_worker(
     use_code(plan.code.digest if plan.code is not None else None)
     if elastic is not None:
         clock.on_lap = elastic.on_progress
-    device = _use_device(context)
+    device = _use_device(context, clock=clock)
     join_process_group(device=device, rendezvous=context.rendezvous)
     clock.lap("rendezvous")
     state_source = elastic.state_source if elastic else None
@@ -158,6 +159,9 @@ def run_worker(
         )
         is_drained = result.is_drained
         return result
+    except BaseException:
+        abort_collectives()
+        raise
     finally:
         if not is_drained:  # otherwise the writer processes complete a pending checkpoint on their own
             checkpointer.close()
@@ -172,11 +176,12 @@ def enter_working_folder(plan: Plan) -> None:
         os.chdir(plan.files.folder)
 
 
-def _use_device(context: WorkerContext) -> torch.device:
+def _use_device(context: WorkerContext, *, clock: Stopwatch) -> torch.device:
     """Select the device of this rank; on a CPU, its share of the cores."""
     device = torch.device(context.device)
     if device.type == "cuda":
-        torch.cuda.set_device(device)
+        create_context(device)
+        clock.lap("CUDA context")
     else:
         torch.set_num_threads(context.num_threads or max(1, usable_cpus() // context.local_world_size))
     return device

@@ -11,7 +11,7 @@ import multiprocessing
 import os
 import shutil
 import signal
-from collections.abc import Awaitable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,6 +28,7 @@ from forge.elastic.rpc import Channel, Endpoint, Listener, Message, pack
 from forge.elastic.states import ReplicaLocation
 from forge.elastic.workers.fork_client import ForkServerPool
 from forge.elastic.workers.status_page import StatusField, StatusPage, create_status_page
+from forge.elastic.workers.worker_group import WorkerGroup
 from forge.errors import RunError
 from forge.events import CheckpointSaved, Event, StepMetrics
 from forge.plan.plan import plan_to_json
@@ -98,6 +99,7 @@ class TestSupervisor:
             step=step,
             source=[parts[0]["generation"], pack([part["endpoint"] for part in parts])] if parts else None,
             laps={},
+            checkpoint_risk=None,
             is_stopping=False,
         )
         await self.expect("rendezvous")
@@ -296,6 +298,53 @@ def test_agent__start_from_memory__continues_at_another_world_size(agent: AgentU
         await agent.supervisor.stop()
 
     agent.run(change())
+
+
+def test_agent__change_on_gpus__ranks_start_in_processes_that_waited(
+    agent: AgentUnderTest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """GPUs that this machine need not have: their ranks compute on the CPU."""
+    monkeypatch.setattr(WorkerGroup, "_device", lambda group, local_rank: "cpu")
+
+    async def change() -> None:
+        children = agent.fork_server.children
+        await agent.supervisor.command("set_devices", devices=["cuda:2", "cuda:0"])
+        waiting = await until(lambda: len(children()) == 2 and {child.pid for child in children()})
+        assert set((await agent.start(2)).values()) == waiting
+        await agent.recorder.until_step(3)
+        next_ones = {child.pid for child in await until(lambda: len(children()) == 4 and children())} - waiting
+        held = await agent.supervisor.stop()
+        step = max(replica.step for replica in held if replace(replica, rank=1 - replica.rank) in held)
+        parts = [
+            {"generation": agent.supervisor.generation, "rank": rank, "endpoint": [HOST, 1]} for rank in range(2)
+        ]
+        assert set((await agent.start(1, parts=parts, step=step)).values()) < next_ones
+        await agent.recorder.until_step(step + 2)
+        await agent.supervisor.command("set_devices", devices=["cpu"] * 4)
+        await agent.supervisor.stop()
+        await until(lambda: not children())
+
+    agent.run(change())
+
+
+def test_agent__gpu_that_cannot_be_used__rank_forked_when_needed(agent: AgentUnderTest) -> None:
+    async def start() -> None:
+        await agent.supervisor.command("set_devices", devices=["cuda:0"])
+        await agent.start(1)
+        ended = await agent.supervisor.ended(0)
+        await agent.supervisor.command("set_devices", devices=["cpu"] * 4)
+        await agent.supervisor.stop()
+        assert ended["end"] == "broken" and "cuda" in ended["reason"]
+
+    agent.run(start())
+
+
+async def until(found: Callable[[], T]) -> T:
+    """Wait for something true."""
+    async with asyncio.timeout(_PATIENCE_S):
+        while not (answer := found()):
+            await asyncio.sleep(0.05)
+        return answer
 
 
 def test_agent__drain__no_step_lost(agent: AgentUnderTest) -> None:

@@ -21,6 +21,8 @@ _ENVIRONMENT = {
     "DEEPSPEED_LOG_LEVEL": "warning",
     # Importing numpy would start threads for its linear algebra, which no rank uses.
     "OPENBLAS_NUM_THREADS": "1",
+    # Importing pyarrow, which DeepSpeed does by way of mlflow where that is installed, would start a thread.
+    "JE_ARROW_MALLOC_CONF": "background_thread:false",
 }
 
 _MAX_LAST_LINE_BYTES = 2000
@@ -70,7 +72,7 @@ class ForkServer:
         """Import everything for another run's plan; it reports again when it is ready."""
         self._epoch += 1
         self.is_ready = False
-        plan = _memory_of(plan_json)
+        plan = memory_of(plan_json)
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it has died and is about to be replaced
             socket.send_fds(self._socket, [str(self._epoch).encode()], [plan])
         os.close(plan)
@@ -93,9 +95,16 @@ class ForkServer:
 
     def fork(self, spec: dict[str, Any], *, fds: list[int]) -> None:
         """Fork a rank from it, which inherits the file descriptors."""
-        text = _memory_of(json.dumps(spec))  # with many ranks longer than a socket message can be
+        text = memory_of(json.dumps(spec))  # with many ranks longer than a socket message can be
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it has died and is about to be replaced
             socket.send_fds(self._socket, [b"fork"], [text, *fds])
+        os.close(text)
+
+    def fork_standby(self, spec: dict[str, Any], *, fd: int) -> None:
+        """Fork a standby process from it, which inherits its end of a socket."""
+        text = memory_of(json.dumps(spec))
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            socket.send_fds(self._socket, [b"standby"], [text, fd])
         os.close(text)
 
     def kill(self) -> None:
@@ -112,7 +121,7 @@ class ForkServer:
 def start_fork_server(plan_json: str, *, log: Path) -> ForkServer:
     """Start a process that imports everything that a rank of this plan needs."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    plan_fd = _memory_of(plan_json)
+    plan_fd = memory_of(plan_json)
     with os.fdopen(open_log(log), "ab") as output:
         process = subprocess.Popen(
             [
@@ -194,7 +203,8 @@ class ForkServerPool:
             self._idle.pop().kill()
 
 
-def _memory_of(text: str) -> int:
+def memory_of(text: str) -> int:
+    """Write a text to anonymous memory. Returns: its file descriptor."""
     fd = os.memfd_create("forge-text")
     os.write(fd, text.encode())
     return fd

@@ -4,7 +4,9 @@
 
 It uses neither CUDA nor threads, so a fork of it equals a new process, but starts seconds earlier. Its agent sends
 requests over a socket, as file descriptors of the worker's spec and of what the rank inherits. It answers with pids
-and with the exit status of each rank. Ranks die with the fork server, and the fork server with its agent.
+and with the exit status of each rank. On GPUs it also forks standby processes, which create a CUDA context and wait
+to become ranks (`forge.elastic.workers.standby`). Ranks die with the fork server, and the fork server with its
+agent.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 from forge.process import die_with_parent
@@ -61,6 +64,9 @@ def _serve(sock: socket.socket, plan: str, *, ready_s: float) -> socket.socket |
         if text == b"fork":
             spec_fd, *inherited = fds
             _fork(json.loads(_read_all(spec_fd)), fds=inherited, plan=plan, close=(sock, wake, woken))
+        elif text == b"standby":
+            spec_fd, own = fds
+            _fork_standby(json.loads(_read_all(spec_fd)), own, plan=plan, close=(sock, wake, woken))
         elif text == b"clone":
             if os.fork() == 0:
                 signal.set_wakeup_fd(-1)
@@ -76,6 +82,8 @@ def _serve(sock: socket.socket, plan: str, *, ready_s: float) -> socket.socket |
 def _import_for(plan_json: str) -> float:
     """Import everything that a rank of this plan needs. Returns: the seconds it took."""
     began = time.monotonic()
+    # Otherwise DeepSpeed asks for GPUs when it is imported, and without NVML that uses CUDA.
+    os.environ["DS_ACCELERATOR"] = str(json.loads(plan_json)["hardware"]["device"])
     from forge.elastic.workers import worker_process
 
     worker_process.import_for(plan_json)
@@ -86,6 +94,37 @@ def _import_for(plan_json: str) -> float:
 
 def _fork(spec: dict[str, Any], *, fds: list[int], plan: str, close: tuple[socket.socket, ...]) -> None:
     """Fork a rank, which closes the sockets `close` of this process; the first is the agent's."""
+
+    def run() -> int:
+        from forge.elastic.workers.worker_process import run_worker_process
+
+        return run_worker_process(spec, fds=fds, plan_json=plan)
+
+    pid = _child(run, fds=fds, close=close)
+    _send(close[0], forked=spec["rank"], generation=spec["generation"], pid=pid)
+
+
+def _fork_standby(spec: dict[str, Any], own: int, *, plan: str, close: tuple[socket.socket, ...]) -> None:
+    """Fork a process that prepares the device of `spec`, and becomes a rank when its agent says so on a socket.
+
+    Args:
+        own: the descriptor of its socket.
+    """
+
+    def run() -> int:
+        from forge.elastic.workers.standby_process import run_standby
+
+        return run_standby(socket.socket(fileno=own), plan_json=plan, **spec)
+
+    _child(run, fds=[own], close=close)
+
+
+def _child(run: Callable[[], int], *, fds: list[int], close: tuple[socket.socket, ...]) -> int:
+    """Fork a process that ends with the code that `run` returns, and with this process. Returns: its pid.
+
+    Args:
+        fds: that the child alone keeps.
+    """
     parent = os.getpid()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -93,8 +132,7 @@ def _fork(spec: dict[str, Any], *, fds: list[int], plan: str, close: tuple[socke
     if pid:
         for fd in fds:
             os.close(fd)
-        _send(close[0], forked=spec["rank"], generation=spec["generation"], pid=pid)
-        return
+        return pid
     code = 1
     try:
         die_with_parent(parent)
@@ -103,9 +141,7 @@ def _fork(spec: dict[str, Any], *, fds: list[int], plan: str, close: tuple[socke
         for end in close:
             end.close()
         gc.unfreeze()
-        from forge.elastic.workers.worker_process import run_worker_process
-
-        code = run_worker_process(spec, fds=fds, plan_json=plan)
+        code = run()
     finally:
         os._exit(code)
 

@@ -10,7 +10,7 @@ import signal
 import socket
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,46 +18,23 @@ import psutil
 
 from forge.elastic.agent_config import AgentConfig
 from forge.elastic.background import BackgroundTasks
-from forge.elastic.commands import WorkerSpec, source_shards
+from forge.elastic.commands import LOOPBACK, WorkerSpec, source_shards
 from forge.elastic.record_forwarder import RecordForwarder
 from forge.elastic.replicas.replicate import Replicator
 from forge.elastic.replicas.store import ReplicaStore
 from forge.elastic.rpc import Endpoint, Message
 from forge.elastic.states import EndReason
 from forge.elastic.workers.fork_client import ForkServer, ForkServerPool
-from forge.elastic.workers.status_page import StatusField, StatusPage, create_status_page
+from forge.elastic.workers.rank_process import RankProcess
+from forge.elastic.workers.standby import MAX_MESSAGE_BYTES, StandbyProcesses, connect_rank
+from forge.elastic.workers.status_page import StatusField, create_status_page
 from forge.events import CheckpointSaved, GenerationStarted
 from forge.limits import free_memory_bytes, out_of_memory_kills, usable_cpus, usable_memory_bytes
-from forge.process import is_suspended
 from forge.units import format_bytes
 
 _RETRY_S = 0.2
 # A process whose socket is closed is reaped within this time.
 _REAP_S = 0.2
-_MAX_MESSAGE_BYTES = 8 * 2**20
-
-
-@dataclass(slots=True, kw_only=True)
-class _Worker:
-    """One rank's process, from the request to fork it until it is reaped."""
-
-    generation: int
-    rank: int
-    world_size: int
-    socket: socket.socket
-    status: StatusPage
-    peer: Endpoint | None
-    started_ns: int = field(default_factory=time.monotonic_ns)
-    send_began_ns: int = 0
-    """The agent's CPU time when it began to replicate the last snapshot."""
-    num_memory_kills: int = field(default_factory=out_of_memory_kills)
-    """Of the kernel on this machine, when the rank was started."""
-    pid: int | None = None
-    replicator: Replicator | None = None
-    has_reported_end: bool = False
-    must_die: bool = False
-    """It is to be killed as soon as its pid is known."""
-    is_gone: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 class WorkerGroup:
@@ -84,9 +61,10 @@ class WorkerGroup:
         self._is_pool_shared = pool is not None
         self._pool = pool or ForkServerPool(log=Path(config.run_folder) / "logs" / "fork-server.log")
         self._secret = bytes.fromhex(config.secret)
-        self._workers: dict[int, _Worker] = {}
+        self._workers: dict[int, RankProcess] = {}
         self._fork_server: ForkServer | None = None
-        self.devices = config.devices
+        self._standbys = StandbyProcesses()
+        self._gpus = _gpus_of(config.devices)
         self.generation = 0
         """Of the ranks that run, or ran last."""
 
@@ -105,9 +83,16 @@ class WorkerGroup:
         """Rank → process id, of the ranks that run."""
         return {rank: worker.pid for rank, worker in self._running().items()}
 
+    def set_devices(self, devices: Sequence[str]) -> None:
+        """Run the next ranks on these devices: `cpu`, or `cuda:` and the number or UUID of a GPU."""
+        if (gpus := _gpus_of(devices)) != self._gpus:
+            self._standbys.close()
+            self._gpus = gpus
+            self._prepare_standbys()
+
     def progress(self) -> list[list[int]]:
         """Per running rank: rank, ms since its last progress, last step, its duration in ns, is suspended."""
-        return [_progress(worker) for worker in self._running().values()]
+        return [worker.progress() for worker in self._running().values()]
 
     def start(self, command: Message, *, rendezvous_fd: int) -> None:
         """Fork this node's ranks of a generation.
@@ -187,6 +172,7 @@ class WorkerGroup:
             reason = await self._fork_server.wait_ended() + self._pool.log_text
             self._fork_server.kill()
             self._fork_server = None
+            self._standbys.close()
             for worker in self._running().values():
                 worker.is_gone.set()
             await self._report(report="ready", is_ready=False, reason=reason)
@@ -194,6 +180,7 @@ class WorkerGroup:
 
     async def release_fork_server(self) -> None:
         """Return the fork server to a shared pool once its killed ranks have ended; otherwise end it with them."""
+        self._standbys.close()
         if self._fork_server is None:
             return
         running = self._running().values()
@@ -207,30 +194,46 @@ class WorkerGroup:
     def _fork_server_says(self, message: Message) -> None:
         if "ready" in message:
             self._tasks.start(self._report(report="ready", is_ready=True, seconds=message["ready"]))
+            self._prepare_standbys()
         elif "forked" in message:
             worker = self._workers.get(message["forked"])
             if worker is not None and worker.generation == message["generation"]:
-                worker.pid = pid = message["pid"]
-                forked = {"generation": worker.generation, "rank": worker.rank, "pid": pid}
-                self._tasks.start(self._report(report="forked", **forked))
-                if worker.must_die:
-                    _kill(pid, signal.SIGKILL)
+                self._forked(worker, message["pid"])
         else:
             for worker in self._workers.values():
                 if worker.pid == message["ended"]:
                     worker.is_gone.set()
 
+    def _forked(self, worker: RankProcess, pid: int) -> None:
+        worker.pid = pid
+        forked = {"generation": worker.generation, "rank": worker.rank, "pid": pid}
+        self._tasks.start(self._report(report="forked", **forked))
+        if worker.must_die:
+            _kill(pid, signal.SIGKILL)
+
+    def _prepare_standbys(self) -> None:
+        """Have a standby process on every GPU but those where a rank is being started."""
+        if self._fork_server is None or not self._fork_server.is_ready:
+            return
+        starting = {worker.local_rank for worker in self._running().values() if worker.replicator is None}
+        for number in set(range(len(self._gpus))) - starting:
+            device = self._device(number)
+            self._standbys.prepare(number, device=device, gpus=self._gpus, fork_server=self._fork_server)
+
+    def _device(self, local_rank: int) -> str:
+        return f"cuda:{local_rank}" if self._gpus else "cpu"
+
     def _fork(
         self, command: Message, *, local_rank: int, fork_server: ForkServer, asked_at: float, rendezvous_fd: int
     ) -> None:
-        """Fork one rank and read its messages."""
+        """Fork one rank, or start it in a standby process, and read its messages."""
         rank = command["ranks"][local_rank]
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        for end in (ours, theirs):
-            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _MAX_MESSAGE_BYTES)
-        worker = self._workers[rank] = _Worker(
+        standby = self._standbys.take(local_rank, gpus=self._gpus)
+        ours, theirs = connect_rank() if standby is None else (standby.socket, None)
+        worker = self._workers[rank] = RankProcess(
             generation=command["generation"],
             rank=rank,
+            local_rank=local_rank,
             world_size=command["world_size"],
             socket=ours,
             status=create_status_page(),
@@ -238,8 +241,8 @@ class WorkerGroup:
         )
         if command["is_stopping"]:
             worker.status[StatusField.STOP] = 1
-        fds = [theirs.fileno(), worker.status.fd, *([rendezvous_fd] if rank == 0 else [])]
-        shards, shard_fds = self._shards(command, first_fd=len(fds))
+        fds = [worker.status.fd, *([rendezvous_fd] if rank == 0 else [])]
+        shards, shard_fds = self._shards(command, first_fd=1 + len(fds))
         num_cores = min(self._config.num_cores, usable_cpus())
         spec = WorkerSpec(
             generation=command["generation"],
@@ -247,13 +250,14 @@ class WorkerGroup:
             world_size=command["world_size"],
             local_rank=local_rank,
             local_world_size=command["num_on_host"],
-            device=self.devices[local_rank],
+            device=self._device(local_rank),
+            gpus=self._gpus,
             num_threads=max(1, num_cores // len(command["ranks"])),
             checkpoints=self._config.checkpoints,
             log=str(Path(self._config.run_folder) / "logs" / f"rank-{rank}.log"),
             host=command["host"],
             port=command["port"],
-            interface=_interface_of(self._config.host) if command["is_spread"] else "lo",
+            interface=_interface_of(self._config.host) if command["is_spread"] else LOOPBACK,
             step=command["step"],
             shards=shards,
             checkpoint_risk=command["checkpoint_risk"],
@@ -262,8 +266,12 @@ class WorkerGroup:
             secret=self._config.secret,
             has_listener=rank == 0,
         )
-        fork_server.fork(asdict(spec), fds=fds + shard_fds)
-        theirs.close()
+        if standby is not None:
+            standby.start(asdict(spec), fds=fds + shard_fds)
+            self._forked(worker, standby.pid)
+        if theirs is not None:
+            fork_server.fork(asdict(spec), fds=[theirs.fileno(), *fds, *shard_fds])
+            theirs.close()
         ours.setblocking(False)
         asyncio.get_running_loop().add_reader(ours, self._read, worker)
 
@@ -283,11 +291,11 @@ class WorkerGroup:
 
     # --- messages of workers
 
-    def _read(self, worker: _Worker) -> None:
+    def _read(self, worker: RankProcess) -> None:
         """Read all messages of a worker, or the end of its socket."""
         while True:
             try:
-                text, fds, _, _ = socket.recv_fds(worker.socket, _MAX_MESSAGE_BYTES, 4)
+                text, fds, _, _ = socket.recv_fds(worker.socket, MAX_MESSAGE_BYTES, 4)
             except BlockingIOError:
                 return
             except OSError:
@@ -300,7 +308,7 @@ class WorkerGroup:
             kind, *values = pickle.loads(text)  # from a process that was forked for this agent
             self._handle(worker, kind, values, fds=list(fds))
 
-    def _handle(self, worker: _Worker, kind: str, values: Sequence[Any], *, fds: list[int]) -> None:
+    def _handle(self, worker: RankProcess, kind: str, values: Sequence[Any], *, fds: list[int]) -> None:
         match kind, values:
             case "buffer", _:
                 self._register_buffer(worker, fds[0])
@@ -322,7 +330,7 @@ class WorkerGroup:
                     self._tasks.start(self._report(report="checkpoint_committed", step=record.step))
                 self._forwarder.put(kind, record)
 
-    def _register_buffer(self, worker: _Worker, fd: int) -> None:
+    def _register_buffer(self, worker: RankProcess, fd: int) -> None:
         generation, rank, world_size = worker.generation, worker.rank, worker.world_size
         self._store.register_buffer(fd, generation=generation, rank=rank, world_size=world_size)
         buffer = self._store.find(generation=generation, rank=rank)
@@ -332,10 +340,11 @@ class WorkerGroup:
             buffer,
             name={"generation": generation, "rank": rank, "world_size": world_size},
             secret=self._secret,
-            on_replicated=lambda step: _note_replicated(worker, step),
+            on_replicated=lambda step: worker.note_replicated(step),
         )
+        self._prepare_standbys()
 
-    async def _disconnected(self, worker: _Worker) -> None:
+    async def _disconnected(self, worker: RankProcess) -> None:
         """Handle a worker's closed socket: the worker has ended or is ending. Report its end if it did not."""
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(worker.is_gone.wait(), timeout=_REAP_S)
@@ -344,11 +353,16 @@ class WorkerGroup:
             reason = killed_reason(num_kills_before=worker.num_memory_kills)
             await self._report_end(worker, EndReason.BROKEN, step=0, reason=reason, error="")
 
-    async def _report_end(self, worker: _Worker, end: str, **details: Any) -> None:
+    async def _report_end(self, worker: RankProcess, end: str, **details: Any) -> None:
         await self._report(report="ended", generation=worker.generation, rank=worker.rank, end=str(end), **details)
 
-    def _running(self) -> dict[int, _Worker]:
+    def _running(self) -> dict[int, RankProcess]:
         return {rank: worker for rank, worker in self._workers.items() if not worker.is_gone.is_set()}
+
+
+def _gpus_of(devices: Sequence[str]) -> list[str]:
+    """Return the GPUs among devices, as of `CUDA_VISIBLE_DEVICES`."""
+    return [device.removeprefix("cuda:") for device in devices if device.startswith("cuda:")]
 
 
 def killed_reason(*, num_kills_before: int) -> str:
@@ -360,18 +374,6 @@ def killed_reason(*, num_kills_before: int) -> str:
         "its process was killed, and the kernel's out-of-memory killer was at work on its machine meanwhile "
         f"({free} of {all_of_it} are free now): use fewer workers there, or a machine with more memory"
     )
-
-
-def _note_replicated(worker: _Worker, step: int) -> None:
-    worker.status[StatusField.AGENT_CPU_NS] += time.process_time_ns() - worker.send_began_ns
-    worker.status[StatusField.REPLICATED_STEP] = step
-
-
-def _progress(worker: _Worker) -> list[int]:
-    status = worker.status
-    silent_ms = (time.monotonic_ns() - max(status[StatusField.PROGRESS_NS], worker.started_ns)) // 10**6
-    suspended = worker.pid is not None and is_suspended(worker.pid)
-    return [worker.rank, silent_ms, status[StatusField.STEP], status[StatusField.STEP_NS], int(suspended)]
 
 
 def _kill(pid: int, signal_number: int) -> None:

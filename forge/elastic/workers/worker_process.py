@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from forge.checkpoint.snapshot_buffer import SnapshotBuffer
-from forge.elastic.commands import WorkerSpec
+from forge.elastic.commands import LOOPBACK, WorkerSpec
 from forge.elastic.replicas.restore import PeerStateSource, ShardLocation
 from forge.elastic.states import EndReason
 from forge.elastic.workers.status_page import StatusField, StatusPage
@@ -33,6 +33,7 @@ from forge.model.families.registry import family_of
 from forge.plan.checkpoint_interval import CheckpointRisk
 from forge.plan.plan import plan_from_json
 from forge.process import first_line, redirect_output
+from forge.train.cuda import require_unused_cuda, set_up_nccl, set_visible_gpus
 from forge.train.engine import DTYPES
 from forge.train.peak import measured_peak
 from forge.train.process_group import Rendezvous, import_late_modules
@@ -56,6 +57,7 @@ def import_for(plan_json: str) -> None:
     with contextlib.suppress(ForgeError):
         use_code(plan.code.digest if plan.code is not None else None)
         family_of(plan.job.model).import_classes(plan.job.model, DataShape.of(plan))
+    require_unused_cuda("the code of this job")
 
 
 def run_worker_process(spec_record: Mapping[str, Any], *, fds: list[int], plan_json: str) -> int:
@@ -91,6 +93,9 @@ def _run(spec: WorkerSpec, *, link: AgentLink, fds: list[int], plan_json: str, l
         "MASTER_PORT": str(spec.port),
     }
     os.environ |= {"GLOO_SOCKET_IFNAME": spec.interface} if spec.interface else {}
+    if spec.gpus:
+        set_visible_gpus(spec.gpus)
+        set_up_nccl(interface=None if spec.interface == LOOPBACK else spec.interface)
     clock = Stopwatch(began=spec.asked_at, laps=spec.laps)
     clock.on_lap = link.tick
     clock.lap("fork")
