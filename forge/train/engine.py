@@ -278,7 +278,8 @@ class Engine:
         own = torch.tensor([*flags, *memory, *cost], dtype=torch.float64, device=self.device)
         shared = torch.cat([sums.values, own])
         dist.all_reduce(shared)
-        sums.values, rest = shared.cpu().split([len(sums.values), len(own)])  # the only wait of a step for a GPU
+        # The only wait of a step for a GPU.
+        sums.values, rest = torch.split(shared.cpu(), [len(sums.values), len(own)])
         flags, per_rank = rest[: len(names)].tolist(), rest[len(names) :].tolist()
         return _Shared(
             loss_sum=sums.values[0].item(),
