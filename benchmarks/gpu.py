@@ -3,9 +3,10 @@
     python -m benchmarks.gpu --json FILE [--device cpu --smallest] [--only PART ...]
     python -m benchmarks.gpu --pack FOLDER
 
-Each part is a process with its own time limit, and writes its figures as it gets them, so a run that is cut off, or
-a part that fails or hangs, keeps all answers so far in FILE. All parts but `with_ray` need only torch 2.9 or newer,
-transformers, DeepSpeed and this folder. `--device cpu --smallest` runs every part with tiny models on the CPU;
+Each part is a process, in the order of their use. It gets at most its own limit, and leaves the others their least
+time. FILE has every figure as soon as it is found, so a run that is cut off at any moment, or a part that fails or
+hangs, keeps all answers so far. All parts but `with_ray` need only torch 2.9 or newer, transformers, DeepSpeed and
+this folder. `--device cpu --smallest` runs every part with tiny models on the CPU;
 what needs a GPU is listed as skipped. `--pack` puts the wheels into a folder that a machine without a package index
 lacks beside torch and transformers; see docs/operations.md. Exit code 1 if a test or a part failed.
 """
@@ -15,10 +16,11 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from typing import Any
 from benchmarks.gpu_parts.pack import pack
 from benchmarks.program import Program, running, wait
 from benchmarks.report import benchmark_parser, parse_options, print_table, write_json
+from forge.process import die_with_parent
 
 LIMIT_S = 470.0
 _SMALLEST_LIMIT_S = 600.0
@@ -42,6 +45,8 @@ class Part:
     module: str
     function: str
     limit_s: float
+    least_s: float
+    """What the parts before it leave it of the whole run's time."""
     device: str | None = None
     """None: that of the run."""
     needs: str | None = None
@@ -49,16 +54,17 @@ class Part:
 
 
 PARTS = (
-    Part(module="speed", function="environment", limit_s=40),
-    Part(module="training", function="reference", limit_s=40, device="cpu"),
-    Part(module="training", function="training", limit_s=120),
-    Part(module="speed", function="throughput", limit_s=150),
-    Part(module="speed", function="state", limit_s=60),
-    Part(module="speed", function="memory", limit_s=60),
-    Part(module="speed", function="kill", limit_s=60),
-    Part(module="with_ray", function="with_ray", limit_s=120, needs="ray"),
+    Part(module="speed", function="environment", limit_s=40, least_s=20),
+    Part(module="training", function="reference", limit_s=40, least_s=25, device="cpu"),
+    Part(module="speed", function="throughput", limit_s=90, least_s=50),
+    Part(module="training", function="training", limit_s=140, least_s=60),
+    Part(module="speed", function="state", limit_s=60, least_s=35),
+    Part(module="speed", function="kill", limit_s=60, least_s=35),
+    Part(module="speed", function="peers", limit_s=180, least_s=60),
+    Part(module="speed", function="memory", limit_s=60, least_s=30),
+    Part(module="with_ray", function="with_ray", limit_s=150, least_s=60, needs="ray"),
 )
-"""In the order of their use: what comes last is the first to be cut off."""
+"""In the order of their use."""
 
 
 def main() -> None:
@@ -85,12 +91,19 @@ def main() -> None:
         parser.error("on the CPU this only checks that it runs: pass --device cpu --smallest, or use a GPU")
     answers: dict[str, Any] = {"device": device}
     deadline = time.monotonic() + options.limit
+    parts = [part for part in PARTS if part.function in options.only]
     with tempfile.TemporaryDirectory(prefix="gpu-", ignore_cleanup_errors=True) as name:
-        for part in (part for part in PARTS if part.function in options.only):
-            answers[part.function] = _answer(
-                part, device=device, smallest=options.smallest, folder=Path(name), deadline=deadline
-            )
-            write_json(options.json, figures=answers)
+        for index, part in enumerate(parts):
+
+            def keep(answer: dict[str, Any], part: Part = part) -> None:
+                answers[part.function] = answer
+                write_json(options.json, figures=answers)
+
+            limit_s = part_limit_s(parts[index:], left_s=deadline - time.monotonic())
+            if options.smallest:
+                limit_s = min(_SMALLEST_LIMIT_S, deadline - time.monotonic())
+            request = {"device": part.device or device, "smallest": options.smallest, "folder": name}
+            keep(_answer(part, request=request, limit_s=limit_s, keep=keep))
             print_table(part.function, header=["figure", "value"], rows=list(_rows(answers[part.function])))
             sys.stdout.flush()
     if failures := [name for name, answer in answers.items() if _has_failed(answer)]:
@@ -103,28 +116,54 @@ def _has_cuda() -> bool:
     return torch.cuda.is_available()
 
 
-def _answer(part: Part, *, device: str, smallest: bool, folder: Path, deadline: float) -> dict[str, Any]:
-    """Run a part. Returns: its figures, with `seconds`, and `skipped` or `failed` and why."""
+def part_limit_s(parts: Sequence[Part], *, left_s: float) -> float:
+    """How long the first of these parts may take: its limit, or what leaves the others their least time."""
+    first, *later = parts
+    return min(first.limit_s, max(first.least_s, left_s - sum(part.least_s for part in later)), left_s)
+
+
+def _answer(
+    part: Part, *, request: Mapping[str, Any], limit_s: float, keep: Callable[[dict[str, Any]], None]
+) -> dict[str, Any]:
+    """Run a part. Returns: its figures, with `seconds`, and `skipped` or `failed` and why.
+
+    Args:
+        keep: called with the figures so far whenever there are more.
+    """
     if part.needs is not None and importlib.util.find_spec(part.needs) is None:
         return {"skipped": f"the package {part.needs} is not installed"}
-    limit_s = min(_SMALLEST_LIMIT_S if smallest else part.limit_s, deadline - time.monotonic())
     if limit_s < _LEAST_S:
         return {"skipped": "the time limit of the whole run has been reached"}
-    own = folder / part.function
+    own = Path(request["folder"]) / part.function
     own.mkdir()
-    used = part.device or device
-    request = {"device": used, "smallest": smallest, "folder": str(folder)}
+    used = str(request["device"])
     command = [sys.executable, "-m", "benchmarks.gpu", "--run-part", part.function, json.dumps(request)]
     began = time.monotonic()
     with running(command, folder=own, threads=1 if used == "cpu" else None, device=used) as program:
-        wait(lambda: False, program.process, deadline=time.monotonic() + limit_s)
+        answer: dict[str, Any] = {}
+
+        def collect() -> bool:
+            found = _figures(own / "answer")
+            if found != answer:
+                answer.update(found)
+                keep(answer | {"failed": "interrupted"})
+            return False
+
+        wait(collect, program.process, deadline=time.monotonic() + limit_s)
         failure = _failure(program, limit_s=limit_s)
-    answer: dict[str, Any] = {}
-    for line in (own / "answer").read_text(errors="replace").splitlines():
-        if line.startswith(_MARK):
-            answer |= json.loads(line.removeprefix(_MARK))
+    answer |= _figures(own / "answer")
     answer["seconds"] = round(time.monotonic() - began, 1)
     return answer if failure is None else answer | {"failed": failure}
+
+
+def _figures(path: Path) -> dict[str, Any]:
+    """Return what a part has printed, as far as its lines are complete."""
+    text = path.read_text(errors="replace")
+    figures: dict[str, Any] = {}
+    for line in text[: text.rfind("\n") + 1].splitlines():
+        if line.startswith(_MARK):
+            figures |= json.loads(line.removeprefix(_MARK))
+    return figures
 
 
 def _failure(program: Program, *, limit_s: float) -> str | None:
@@ -138,6 +177,7 @@ def _run_part(name: str, request: str) -> None:
     """Run one part in this process and print its figures as it makes them."""
     from benchmarks.gpu_parts.ranks import Setting
 
+    die_with_parent(os.getppid())
     part = next(part for part in PARTS if part.function == name)
     function = getattr(importlib.import_module(f"benchmarks.gpu_parts.{part.module}"), part.function)
     for figures in function(Setting(**json.loads(request))):

@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from forge.fs import write_atomic
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
@@ -65,7 +67,7 @@ def write_json(path: Path | None, *, figures: Mapping[str, object]) -> None:
         return
     machine = {"python": platform.python_version(), "system": platform.platform(), "cpu": cpu_model()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**figures, "machine": machine}, indent=2) + "\n", encoding="utf-8")
+    write_atomic(path, json.dumps({**figures, "machine": machine}, indent=2) + "\n")
 
 
 def cpu_model() -> str:

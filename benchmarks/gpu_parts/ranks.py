@@ -51,8 +51,8 @@ class Ran:
 
     steps: list[StepMetrics] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
-    first_step_at: float = 0.0
-    """Wall-clock time at which its first step had ended."""
+    ended_at: list[float] = field(default_factory=list)
+    """Wall-clock time at which each step had ended."""
 
     @property
     def losses(self) -> list[float]:
@@ -61,6 +61,15 @@ class Ran:
     @property
     def started(self) -> GenerationStarted:
         return next(event for event in self.events if isinstance(event, GenerationStarted))
+
+    @property
+    def first_step_at(self) -> float:
+        return self.ended_at[0]
+
+    def mean_step_s(self, *, warm_up: int) -> float:
+        """Seconds of a step after the warm-up by the clock, with what is between steps, as of the peers."""
+        measured = self.ended_at[warm_up - 1 : -1]
+        return (measured[-1] - measured[0]) / (len(measured) - 1)
 
     def step_s(self, *, warm_up: int) -> list[float]:
         """Seconds of the steps after the warm-up, without the last, after which the run is closed."""
@@ -166,10 +175,10 @@ def run_until_killed(setting: Setting, plan: Plan, *, to: str, after: str) -> Ki
 class _TimedReporter(RecordingReporter):
     def __init__(self, stop_after: int | None) -> None:
         super().__init__(stop_after)
-        self.first_step_at = 0.0
+        self.ended_at: list[float] = []
 
     def step(self, metrics: StepMetrics) -> None:
-        self.first_step_at = self.first_step_at or time.time()
+        self.ended_at.append(time.time())
         super().step(metrics)
 
 
@@ -228,4 +237,4 @@ def _train(
     )
     run_worker(plan_from_json(plan_json), context, reporter, elastic=elastic, clock=clock)
     found = reporter.recording
-    return Ran(steps=found.steps, events=found.events, first_step_at=reporter.first_step_at)
+    return Ran(steps=found.steps, events=found.events, ended_at=reporter.ended_at)

@@ -11,6 +11,7 @@ import subprocess
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from forge.train.peak import measure_gemm_flops
 _PACKAGES = ("torch", "deepspeed", "transformers", "numpy", "pydantic", "triton", "accelerate", "ray", "wandb")
 _COPY_BYTES = 2 * 2**30
 _COPIES = 10
+_SPEEDS = "speeds.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,19 +120,42 @@ def _copy_to_host_bytes_per_s() -> float:
 
 
 def throughput(setting: Setting) -> Iterator[dict[str, Any]]:
-    """Tokens per second and MFU of forge at its defaults, and of its peers on the same batch."""
-    for sized in (_TINY,) if setting.smallest else (_GPT2, _LLAMA):
-        yield from _contenders(setting, sized)
+    """Tokens per second and MFU of forge at its defaults."""
+    found = {}
+    for sized in _sizes(setting):
+        steps, warm_up = _lengths(setting)
+        plan = _plan(setting, sized, total_steps=warm_up + steps + 1)
+        ran = run(setting, plan, to=f"speed {sized.name}")
+        tokens_per_s = sized.batch * sized.seq_len / ran.mean_step_s(warm_up=warm_up)
+        found[sized.name] = {"tokens_per_s": tokens_per_s, "peak_flops": ran.started.peak_flops}
+        (Path(setting.folder) / _SPEEDS).write_text(json.dumps(found))
+        speed = _speed(tokens_per_s, plan=plan, peak=ran.started.peak_flops)
+        yield {f"{sized.name}, forge": speed | {"memory": _memory(plan, ran)}}
 
 
-def _contenders(setting: Setting, sized: Sized) -> Iterator[dict[str, Any]]:
-    steps, warm_up = (3, 1) if setting.smallest else (12, 4)
+def peers(setting: Setting) -> Iterator[dict[str, Any]]:
+    """Those of its peers on the same batch, by the same clock: the time of all steps after the warm-up."""
+    path = Path(setting.folder) / _SPEEDS
+    found = json.loads(path.read_text()) if path.exists() else {}
+    for sized in _sizes(setting):
+        if sized.name in found:
+            yield from _peers(setting, sized, **found[sized.name])
+        else:
+            yield {sized.name: "skipped: the part `throughput` has no figure of forge"}
+
+
+def _sizes(setting: Setting) -> tuple[Sized, ...]:
+    return (_TINY,) if setting.smallest else (_GPT2, _LLAMA)
+
+
+def _lengths(setting: Setting) -> tuple[int, int]:
+    """Steps that are measured, and steps before them."""
+    return (3, 1) if setting.smallest else (12, 4)
+
+
+def _peers(setting: Setting, sized: Sized, *, tokens_per_s: float, peak_flops: float) -> Iterator[dict[str, Any]]:
+    steps, warm_up = _lengths(setting)
     plan = _plan(setting, sized, total_steps=warm_up + steps + 1)
-    ran = run(setting, plan, to=f"speed {sized.name}")
-    peak = ran.started.peak_flops
-    step_s = statistics.median(ran.step_s(warm_up=warm_up))
-    forge = sized.batch * sized.seq_len / step_s
-    yield {f"{sized.name}, forge": _speed(forge, plan=plan, peak=peak) | {"memory": _memory(plan, ran)}}
     own = {key: value for key, value in sized.model.items() if key != "architecture"}
     request = {
         "model": {"model_type": sized.model["architecture"], **own, **_no_dropout(sized)},
@@ -144,8 +169,12 @@ def _contenders(setting: Setting, sized: Sized) -> Iterator[dict[str, Any]]:
         "attention": "sdpa",
         "deepspeed": False,
     }
-    peers = {"bare DeepSpeed": "deepspeed_loop", "Trainer": "hf_trainer", "plain PyTorch, compiled": "plain_loop"}
-    for name, module in peers.items():
+    programs = {
+        "bare DeepSpeed": "deepspeed_loop",
+        "Trainer": "hf_trainer",
+        "plain PyTorch, compiled": "plain_loop",
+    }
+    for name, module in programs.items():
         if module == "hf_trainer" and importlib.util.find_spec("accelerate") is None:
             yield {f"{sized.name}, {name}": "skipped: accelerate is not installed"}
             continue
@@ -154,8 +183,8 @@ def _contenders(setting: Setting, sized: Sized) -> Iterator[dict[str, Any]]:
         except subprocess.SubprocessError as error:  # its stderr is in the part's log
             yield {f"{sized.name}, {name}": f"failed: {type(error).__name__}"}
             continue
-        speed = _speed(json.loads(output.splitlines()[-1])["tokens_per_s"], plan=plan, peak=peak)
-        yield {f"{sized.name}, {name}": speed | {"forge_ratio": forge / speed["tokens_per_s"]}}
+        speed = _speed(json.loads(output.splitlines()[-1])["tokens_per_s"], plan=plan, peak=peak_flops)
+        yield {f"{sized.name}, {name}": speed | {"forge_ratio": tokens_per_s / speed["tokens_per_s"]}}
 
 
 def _speed(tokens_per_s: float, *, plan: Plan, peak: float) -> dict[str, Any]:

@@ -39,7 +39,7 @@ from forge.plan.inputs import InitInfo
 from forge.plan.plan import Plan
 from forge.train.async_checkpoint import AsyncCheckpointer
 from forge.train.checkpoint_interval import CheckpointInterval
-from forge.train.cuda import abort_collectives, create_context
+from forge.train.cuda import create_context
 from forge.train.engine import DTYPES, Engine, build_engine
 from forge.train.frozen_model import build_frozen, build_teacher
 from forge.train.loop import LoopResult, SnapshotPolicy, TrainInputs, train
@@ -159,9 +159,6 @@ def run_worker(
         )
         is_drained = result.is_drained
         return result
-    except BaseException:
-        abort_collectives()
-        raise
     finally:
         if not is_drained:  # otherwise the writer processes complete a pending checkpoint on their own
             checkpointer.close()

@@ -33,7 +33,7 @@ from forge.model.families.registry import family_of
 from forge.plan.checkpoint_interval import CheckpointRisk
 from forge.plan.plan import plan_from_json
 from forge.process import first_line, redirect_output
-from forge.train.cuda import require_unused_cuda, set_up_nccl, set_visible_gpus
+from forge.train.cuda import abort_collectives, require_unused_cuda, set_up_nccl, set_visible_gpus
 from forge.train.engine import DTYPES
 from forge.train.peak import measured_peak
 from forge.train.process_group import Rendezvous, import_late_modules
@@ -78,6 +78,7 @@ def run_worker_process(spec_record: Mapping[str, Any], *, fds: list[int], plan_j
         place = error_place(error)
         reason = f"{place}: " * bool(place) + f"{type(error).__name__}: {first_line(error)}"
         link.end(EndReason.BROKEN, reason=reason)
+        abort_collectives()
         return 1
     link.end(EndReason.DRAINED if result.is_drained else EndReason.DONE, step=result.progress.step)
     return 0
