@@ -58,7 +58,7 @@ def test_examples__few_shot_of_own_data__are_never_scored(build: Build) -> None:
     asked = {prompt.rpartition("\n\n")[2] for prompt in prompts(found)}
     assert not asked & {shot.rpartition(" ")[0] for shot in shots}, "a shot is a question of the test"
     assert all(shot.rpartition(" ")[2] == str(int(shot[3 : shot.index("+")]) + 1) for shot in shots)
-    with pytest.raises(DataError, match=r"few_shot\.num is 50, but there are only 20 records"):
+    with pytest.raises(DataError, match=r"few_shot\.num is 50, more than the 20 records to take from"):
         build(QUESTIONS, GENERATE + "few_shot: {num: 50}\n").examples()
 
 
