@@ -5,18 +5,21 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import socket
 import threading
 import time
-from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import uvicorn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from forge.process import free_port
+from forge.runtime.servers import await_ready, server_process, start_server
 from forge.serve.calls import (
     GenerateCall,
     ServedModel,
@@ -56,6 +59,14 @@ def write_causal_lm(folder: Path, *, seed: int = 0, max_positions: int = 128, **
         "eos_token_id": 0,
     }
     LlamaForCausalLM(LlamaConfig(**sizes | shape)).save_pretrained(folder)
+    return folder
+
+
+def write_model(folder: Path, build: Callable[[], PreTrainedModel]) -> Path:
+    """Write a model with random weights and a tokenizer, as a folder of transformers."""
+    write_tokenizer(folder)
+    torch.manual_seed(0)
+    build().save_pretrained(folder)
     return folder
 
 
@@ -113,3 +124,24 @@ def info_of(**changes: Any) -> ServedModel:
     return ServedModel(
         **({"name": "tiny", "kind": "causal-lm", "max_positions": 128, "digest": "0" * 64} | changes)
     )
+
+
+@contextlib.contextmanager
+def serving(state: Path, *, source: Path, variables: dict[str, str] | None = None, **changes: Any) -> Iterator[str]:
+    """Run a server named `test` on a Ray cluster of its own; yields its URL."""
+    before = dict(os.environ)
+    os.environ |= {"FORGE_STATE": str(state)} | (variables or {})
+    settings = ServerSettings(
+        name="test", source=str(source), model_name="tiny", port=free_port("127.0.0.1"), **changes
+    )
+    try:
+        start_server(settings)
+        await_ready("test", on_message=print)
+        yield settings.url
+    finally:
+        process = server_process("test")
+        if process is not None:
+            process.request_stop()
+            process.wait()
+        os.environ.clear()
+        os.environ.update(before)

@@ -6,14 +6,11 @@ In the slow set, because every server starts Ray: `pytest -m slow tests/serve/ht
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
-import os
 import ssl
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +21,11 @@ import pytest
 from forge.inference.generate import generate
 from forge.inference.loaded import load
 from forge.inference.sampling import SamplingParams
-from forge.process import free_port
-from forge.runtime.servers import ServerStatus, await_ready, find_server, server_process, start_server
+from forge.runtime.servers import ServerStatus, find_server
 from forge.serve.http.api_keys import add_key, new_key
-from forge.serve.http.settings import ServerSettings
 from tests.support.command import wait_for
 from tests.support.lora_runs import train_lora_runs
-from tests.support.serving import write_causal_lm
+from tests.support.serving import serving, write_causal_lm
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 GREEDY: dict[str, Any] = {"model": "tiny", "prompt": "the quick", "max_tokens": 16, "temperature": 0}
@@ -39,27 +34,6 @@ GREEDY: dict[str, Any] = {"model": "tiny", "prompt": "the quick", "max_tokens": 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_causal_lm(tmp_path_factory.mktemp("model") / "tiny", max_positions=2048)
-
-
-@contextlib.contextmanager
-def serving(state: Path, *, source: Path, variables: dict[str, str] | None = None, **changes: Any) -> Iterator[str]:
-    """Run a server; yields its URL."""
-    before = dict(os.environ)
-    os.environ |= {"FORGE_STATE": str(state)} | (variables or {})
-    settings = ServerSettings(
-        name="test", source=str(source), model_name="tiny", port=free_port("127.0.0.1"), **changes
-    )
-    try:
-        start_server(settings)
-        await_ready("test", on_message=print)
-        yield settings.url
-    finally:
-        process = server_process("test")
-        if process is not None:
-            process.request_stop()
-            process.wait()
-        os.environ.clear()
-        os.environ.update(before)
 
 
 def client_of(url: str, **options: Any) -> openai.AsyncOpenAI:

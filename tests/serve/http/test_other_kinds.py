@@ -6,7 +6,7 @@ import asyncio
 import json
 import socket
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -16,13 +16,11 @@ import httpx
 import numpy as np
 import openai
 import pytest
-import torch
 from transformers import (
     BertConfig,
     BertForMaskedLM,
     BertForSequenceClassification,
     BertModel,
-    PreTrainedModel,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -40,7 +38,7 @@ from forge.serve.http.settings import ServerSettings
 from forge.serve.service import ModelService
 from tests.support.command import wait_for
 from tests.support.objectives import write_tokenizer
-from tests.support.serving import LocalBackend, RunningServer, info_of, running
+from tests.support.serving import LocalBackend, RunningServer, info_of, running, write_model
 
 TEXTS = ["the quick brown fox", "dog", "pack my box with five dozen liquor jugs"]
 _BERT = BertConfig(
@@ -53,13 +51,6 @@ _T5 = T5Config(
 )  # fmt: skip
 
 
-def folder_of(folder: Path, build: Callable[[], PreTrainedModel]) -> Path:
-    write_tokenizer(folder)
-    torch.manual_seed(0)
-    build().save_pretrained(folder)
-    return folder
-
-
 def client_of(server: RunningServer) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
 
@@ -70,7 +61,7 @@ def backend_of(folder: Path, **settings: Any) -> LocalBackend:
 
 
 def test_embeddings__texts__are_the_models_vectors(tmp_path: Path) -> None:
-    folder = folder_of(tmp_path, lambda: BertModel(_BERT))
+    folder = write_model(tmp_path, lambda: BertModel(_BERT))
     expected = np.stack(embed(load(folder), TEXTS))
     with running(backend_of(folder)) as server, client_of(server) as client:
         found = client.embeddings.create(model="tiny", input=TEXTS)  # base64, as the client asks for
@@ -85,7 +76,7 @@ def test_embeddings__texts__are_the_models_vectors(tmp_path: Path) -> None:
 
 
 def test_classify__texts_of_many_clients__are_the_models_labels(tmp_path: Path) -> None:
-    folder = folder_of(tmp_path, lambda: BertForSequenceClassification(_BERT))
+    folder = write_model(tmp_path, lambda: BertForSequenceClassification(_BERT))
     loaded = load(folder)
     expected = [each.probabilities for each in classify(loaded, TEXTS)]
     pair = classify(loaded, [("the", "dog")])[0].probabilities
@@ -102,7 +93,7 @@ def test_classify__texts_of_many_clients__are_the_models_labels(tmp_path: Path) 
 
 
 def test_fill_mask__texts__have_the_likeliest_tokens_for_each_mask(tmp_path: Path) -> None:
-    folder = folder_of(tmp_path, lambda: BertForMaskedLM(_BERT))
+    folder = write_model(tmp_path, lambda: BertForMaskedLM(_BERT))
     loaded = load(folder)
     texts = ["the [MASK] fox", "[MASK] my [MASK]"]
     expected = fill_masks(loaded, [masked_ids(loaded, text) for text in texts], num_candidates=2)
@@ -124,7 +115,7 @@ def test_fill_mask__texts__have_the_likeliest_tokens_for_each_mask(tmp_path: Pat
 
 
 def test_translate__sources__have_targets(tmp_path: Path) -> None:
-    folder = folder_of(tmp_path, lambda: T5ForConditionalGeneration(_T5))
+    folder = write_model(tmp_path, lambda: T5ForConditionalGeneration(_T5))
     with running(backend_of(folder)) as server:
         body = {"model": "tiny", "input": TEXTS, "max_tokens": 5}
         answer = httpx.post(f"{server.url}/v1/translate", json=body, trust_env=False, timeout=60).json()
@@ -134,7 +125,7 @@ def test_translate__sources__have_targets(tmp_path: Path) -> None:
 
 
 def test_translate__max_running__bounds_the_texts_that_are_computed_at_once(tmp_path: Path) -> None:
-    folder = folder_of(tmp_path, lambda: T5ForConditionalGeneration(_T5))
+    folder = write_model(tmp_path, lambda: T5ForConditionalGeneration(_T5))
     body = {"model": "tiny", "input": [*TEXTS, "fox", "the dog"], "max_tokens": 5}
     answers, rows = [], []
     for limit in (None, 2):
@@ -296,7 +287,7 @@ def test_translate__beyond_the_keys_time_or_for_nobody__is_cancelled_and_charged
 
 @pytest.mark.parametrize("num_beams", [1, 2])
 def test_translate__real_model_and_no_client__stops_within_a_step(tmp_path: Path, num_beams: int) -> None:
-    folder = folder_of(tmp_path, lambda: T5ForConditionalGeneration(_T5))
+    folder = write_model(tmp_path, lambda: T5ForConditionalGeneration(_T5))
     config = json.loads((folder / "generation_config.json").read_text())
     (folder / "generation_config.json").write_text(json.dumps(config | {"eos_token_id": None}))
     backend, steps = backend_of(folder), list[int]()
@@ -317,7 +308,7 @@ def test_translate__real_model_and_no_client__stops_within_a_step(tmp_path: Path
 @pytest.mark.parametrize("kind", ["embeddings", "classify"])
 def test_single_texts__real_model_and_no_client__the_rest_is_left_out(tmp_path: Path, kind: str) -> None:
     build = BertModel if kind == "embeddings" else BertForSequenceClassification
-    backend, passes = backend_of(folder_of(tmp_path, lambda: build(_BERT))), list[int]()
+    backend, passes = backend_of(write_model(tmp_path, lambda: build(_BERT))), list[int]()
 
     def slow(*_: object) -> None:
         passes.append(1)
