@@ -25,6 +25,7 @@ _STEPS = re.compile(r"\s*([0-9][0-9_]{,17})\s*steps?\s*")
 _RANGE = re.compile(r"\s*([0-9]{1,18})\s*(?:\.\.\s*([0-9]{1,18})\s*)?")
 _FRACTION = re.compile(r"\s*([0-9]{0,99}\.?[0-9]{1,99}(?:[eE][+-]?[0-9]{1,3})?)\s*(%?)\s*")
 _LENGTH = re.compile(r"\s*([0-9][0-9_.]{,99}\s?[A-Za-z]?)\s*?(?:\s(step|token)s?)?\s*")
+_DATES = {"minutes": "%Y-%m-%d %H:%M", "seconds": "%Y-%m-%d %H:%M:%S"}
 _LONGEST_S = 10 * 365 * 86400.0
 _ISO_DATE = re.compile(r"\s*[0-9]{4}-")
 _LARGEST = 2**63 - 1
@@ -237,6 +238,14 @@ def format_duration(seconds: float) -> str:
     if whole < 86400:
         return f"{whole // 3600}h {whole % 3600 // 60:02d}m"
     return f"{whole // 86400}d {whole % 86400 // 3600:02d}h"
+
+
+def format_date(at: float | None, *, timespec: str = "minutes") -> str:
+    """`2026-12-01 18:00 UTC` of seconds since the epoch; `-` if unknown or no date of this calendar."""
+    try:
+        return f"{datetime.fromtimestamp(math.nan if at is None else at, UTC):{_DATES[timespec]}} UTC"
+    except (ValueError, OverflowError, OSError):
+        return "-"
 
 
 def _whole(text: str | int | float, *, units: dict[str, int], example: str) -> int:

@@ -81,11 +81,11 @@ class AlertsSpec(Section):
 def alert_problems(
     alerts: AlertsSpec, *, resources: ResourcesSpec, tracking: TrackingSpec, is_search: bool
 ) -> Iterator[FieldError]:
-    """Yield what other sections make impossible; of the default of `on`, the kinds that can occur are sent."""
+    """Yield what other sections make impossible; where `on` has all kinds, those that can occur are sent."""
     if alerts.wandb and tracking.wandb.mode == "disabled":
         problem = "needs W&B, but tracking.wandb.mode is disabled"
         yield FieldError("alerts.wandb", problem, depends_on=("tracking.wandb.mode",))
-    if "on" not in alerts.model_fields_set:
+    if set(alerts.on) == set(ALERT_KINDS):  # also where a plan has written the default out
         return
     if is_search and (other := [kind for kind in alerts.on if kind not in _OF_SEARCHES]):
         problem = f"has {', '.join(other)}, which are for single runs; a search has {' and '.join(_OF_SEARCHES)}"

@@ -12,6 +12,7 @@ from forge.config.overrides import search_of
 from forge.fs import write_atomic
 from forge.report.figures import build_figures, labels
 from forge.report.page import render_page
+from forge.report.run_report import alert_context
 from forge.report.search_summary import SearchSummary, search_summary
 from forge.report.search_tiles import search_headline, search_tiles
 from forge.report.text import number
@@ -52,6 +53,7 @@ def _render(summary: SearchSummary) -> str:
         figures=list(build_figures(search, table, importances(search, table))),
         names=labels(search),
         trials=list(table.trials.values()),
+        alerts=alert_context(run),
     )
 
 

@@ -11,10 +11,13 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from forge.errors import ArgumentError, harmless
 from forge.fs import write_atomic
 from forge.process import first_line
+from forge.report.alert_rows import ALERT_COLUMNS, AlertTable
+from forge.report.alerts_text import alert_facts
 from forge.report.page import PageFigure, PageTile, render_page
 from forge.report.run_environment import environment_facts, repeat_lines
 from forge.report.run_figures import cost_figure, loss_figure, speed_figure, workers_figure
@@ -27,11 +30,12 @@ from forge.runs.goodput_report import BUCKETS, Bucket, GoodputReport
 from forge.runs.reader import RunSummary, failure_of, iter_metrics, read_plan, read_run
 from forge.runs.records import METRICS
 from forge.runs.scores import newest_scores, read_scores
-from forge.units import format_bytes, format_count, format_duration
+from forge.units import counted, format_bytes, format_count, format_duration
 
 REPORT = "report.html"
 """In the run's folder."""
 _MAX_CHANGES = 100
+MAX_ALERTS = 100
 _MAX_BYTES_AT_END = 2**26
 """Of `metrics.jsonl`, about 200,000 steps: reading more would keep the process of a run alive for seconds."""
 BUCKET_COLORS: dict[Bucket, str] = {
@@ -112,6 +116,7 @@ def render_run(run: RunSummary) -> str:
         goodput=goodput_facts(goodput),
         changes=change_rows(goodput, limit=_MAX_CHANGES),
         num_changes=goodput.num_changes,
+        alerts=alert_context(run),
         costs=cost_facts(run),
         forecast=forecast,
         forecast_note=forecast_note,
@@ -135,6 +140,16 @@ def run_figures(run: RunSummary, goodput: GoodputReport, *, series: RunSeries) -
     yield cost_figure(run.events, since=run.started)
 
 
+def alert_context(run: RunSummary) -> dict[str, Any] | None:
+    """Return what the page says about the alerts of a run; None if its job has none and none were sent."""
+    table = AlertTable(run.events, run_id=run.run_id)
+    settings = alert_facts(run.plan)
+    if not settings and not table.num_alerts:
+        return None
+    rows = list(table.rows(limit=MAX_ALERTS).values())
+    return {"columns": ALERT_COLUMNS, "rows": rows, "count": table.num_alerts, "settings": dict(settings)}
+
+
 def run_tiles(run: RunSummary, goodput: GoodputReport) -> Iterator[PageTile]:
     """The numbers at the top of the page."""
     total, last = run.plan.total_steps, run.last
@@ -155,7 +170,7 @@ def run_tiles(run: RunSummary, goodput: GoodputReport) -> Iterator[PageTile]:
     node = number(goodput.node_goodput, ".1%")
     yield PageTile(name="goodput", value=number(goodput.goodput, ".1%"), note=f"{node} of the node time")
     yield PageTile(
-        name="changes", value=f"{goodput.num_changes:,}", note=f"{goodput.num_preemptions:,} preemptions"
+        name="changes", value=f"{goodput.num_changes:,}", note=counted(goodput.num_preemptions, "preemption")
     )
     cost = run.newest("CostUpdated")
     if cost is not None:

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from datetime import UTC, datetime
 from typing import Any
 
 from forge.errors import printable
-from forge.units import format_duration
+from forge.units import format_date, format_duration
 
 _RAY_ID = re.compile(r"\b([0-9a-f]{4})[0-9a-f]{52}\b")
 _MAX_CHARS = 300
@@ -116,14 +115,13 @@ def deadline_text(event: Mapping[str, Any]) -> str:
     deadline, ends_at = event["deadline"], event["ends_at"]
     needed, now = event["needed_workers"], workers(event["num_workers"])
     if needed is None:
-        likely = "" if ends_at is None else f", likely until {_date(ends_at)}"
-        return f"the deadline {_date(deadline)} has passed at step {event['step']}; the run goes on{likely}"
+        likely = "" if ends_at is None else f", likely until {format_date(ends_at)}"
+        return f"the deadline {format_date(deadline)} has passed at step {event['step']}; the run goes on{likely}"
     if ends_at is not None and ends_at <= deadline:
-        return (
-            f"with {now} the run ends {format_duration(deadline - ends_at)} before its deadline {_date(deadline)}"
-        )
+        early = format_duration(deadline - ends_at)
+        return f"with {now} the run ends {early} before its deadline {format_date(deadline)}"
     late = "" if ends_at is None else f"{format_duration(ends_at - deadline)} "
-    text = f"with {now} the run ends {late}after its deadline {_date(deadline)}; {workers(needed)} are needed"
+    text = f"with {now} the run ends {late}after its deadline {format_date(deadline)}; {workers(needed)} are needed"
     if needed > event["max_workers"]:
         return f"{text}, more than the {event['max_workers']} of resources.workers"
     return text if event["can_rent"] else f"{text}: add machines to the cluster"
@@ -140,10 +138,6 @@ def _checkpoints_text(event: Mapping[str, Any]) -> str:
     every, before = (format_duration(event[key]) for key in ("seconds", "before_s"))
     cost, mtbf = (format_duration(event[key]) for key in ("cost_s", "mtbf_s"))
     return f"checkpoints every {every} instead of {before} ({cost} each; state lost every {mtbf})"
-
-
-def _date(at: float) -> str:
-    return f"{datetime.fromtimestamp(at, UTC):%Y-%m-%d %H:%M} UTC"
 
 
 def short(text: str) -> str:

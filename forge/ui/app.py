@@ -30,6 +30,8 @@ from starlette.responses import (
 from starlette.routing import Route
 
 from forge.errors import ForgeError, harmless
+from forge.report.alert_rows import ALERT_COLUMNS
+from forge.report.alerts_text import alert_facts
 from forge.report.page import STATUS_COLORS, page_environment, plotly_code
 from forge.report.run_report import BUCKET_COLORS
 from forge.report.run_rows import COLUMNS
@@ -223,6 +225,8 @@ async def _run_page(pages: Pages, request: Request) -> Response:
         trial_columns=columns(run.plan.job.search.metric) if run.plan.job.search is not None else (),
         logs=await asyncio.to_thread(pages.remote.log_names, folder),
         bucket_colors=BUCKET_COLORS,
+        alert_columns=ALERT_COLUMNS,
+        alert_settings=[clipped(text) for _, text in alert_facts(run.plan)] if search is None else [],
     )
 
 

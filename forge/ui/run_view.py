@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from forge.errors import ArgumentError, harmless
+from forge.report.alert_rows import AlertTable
 from forge.report.page import PageFigure, PageTile
 from forge.report.progress_lines import ProgressLines
 from forge.report.run_figures import new_points
-from forge.report.run_report import bucket_shares, cost_facts, run_figures, run_tiles
+from forge.report.run_report import MAX_ALERTS, bucket_shares, cost_facts, run_figures, run_tiles
 from forge.report.run_series import SeriesBuilder
 from forge.report.search_summary import search_summary
 from forge.report.search_tiles import search_headline, search_tiles
@@ -89,6 +90,7 @@ class RunView:
                 "status": {"status": [status]},
                 "problem": {} if failure is None else {"failure": [str(failure)]},
                 "events": {f"{number}": [line] for number, line in self._lines},
+                "alerts": self._alerts.rows(limit=MAX_ALERTS),
             }
             return common | (self._of_search() if run.plan.search is not None else self._of_training())
 
@@ -141,6 +143,7 @@ class RunView:
         self._tracker, self._series = GoodputTracker(), SeriesBuilder()
         self._steps: deque[tuple[int, dict[str, Any]]] = deque(maxlen=_MAX_STEPS_KEPT)
         self._lines: deque[tuple[int, str]] = deque(maxlen=_MAX_LINES)
+        self._alerts = AlertTable(run_id=self.folder.name)
         self._num_steps = self._num_lines = self._num_redraws = 0
         self.num_opened += 1
         self._now = 0.0
@@ -175,6 +178,7 @@ class RunView:
             self._steps.append((self._num_steps, record))
             return
         self._events.append(record)
+        self._alerts.add(record)
         self._num_redraws += record["event"] in _REDRAWN
         self._now = record["time"]
         line = self._describer.line(record)

@@ -10,7 +10,7 @@ import pytest
 from forge.config.dump import dump_job
 from forge.config.load import LoadedJob, load_job
 from forge.errors import JobFileError, UserCodeError
-from forge.plan.plan import plan_to_json
+from forge.plan.plan import plan_from_json, plan_to_json
 from forge.report.alerts_text import alert_facts
 from forge.runs.alerts.check_command import command_digest, require_command
 from tests.support.jobs import tiny_plan
@@ -138,6 +138,11 @@ def test_plan__with_alerts__lists_receivers_and_the_kinds_that_can_occur(tmp_pat
     assert text == (
         "webhook of 127.0.0.1, command /bin/cat, W&B: loss_spike, nan, stalled, preempted, finished, failed"
     )
+
+
+def test_plan__with_alerts_of_every_kind_and_no_budget__is_read_back(tmp_path: Path) -> None:
+    plan = plan_of(load(tmp_path, "alerts: {command: [/bin/cat]}"))
+    assert plan_from_json(plan_to_json(plan)).job.alerts == plan.job.alerts
 
 
 def test_command__that_a_run_folder_brings__needs_trust(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

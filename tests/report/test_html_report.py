@@ -11,7 +11,7 @@ import pytest
 
 from forge.config.load import load_job
 from forge.errors import JobFileError
-from forge.events import RunFailed
+from forge.events import AlertSent, RunFailed
 from forge.report.figures import axis_labels, build_study
 from forge.report.html_report import write_report
 from forge.report.page import plotly_code
@@ -106,19 +106,21 @@ def test_report__one_searched_key__parallel_coordinates(space: dict, values: lis
 def test_report__hostile_names_and_values__are_text_and_never_elements(tmp_path: Path) -> None:
     evil = "</script><evil x=\"'&"
     history = SearchHistory()
+    history.record(AlertSent(receiver="command", kind="finished", text=evil, count=1, until=1.0))
     for value in (evil, "x"):
         history.run({"data.source": value, evil: 1}, [2.0], status="stopped", reason=evil)
     history.record(RunFailed(error="RunError", message=evil))
     plan = search_plan({"space": {"data.source": {"choice": ["x", evil]}, evil: {"int": [1, 2]}}})
     harmless = search_plan({"space": {"data.source": {"choice": ["x", "y"]}, "z": {"int": [1, 2]}}})
     same = SearchHistory()
+    same.record(AlertSent(receiver="command", kind="finished", text="t", count=1, until=1.0))
     for value in ("y", "x"):
         same.run({"data.source": value, "z": 1}, [2.0], status="stopped", reason="r")
     same.record(RunFailed(error="RunError", message="m"))
     hostile_page = Elements(own_text(write_report(history.write(tmp_path, plan, name="<evil>"))))
     harmless_page = Elements(own_text(write_report(same.write(tmp_path, harmless, name="name"))))
     assert hostile_page.tags == harmless_page.tags
-    assert "<evil>" in hostile_page.text
+    assert "<evil>" in hostile_page.text and "delivered to command" in hostile_page.text
     assert len(hostile_page.figures) >= 3
     assert "<evil" not in json.dumps(hostile_page.figures)
 

@@ -9,13 +9,14 @@ import shlex
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from forge.errors import ArgumentError
-from forge.events import CostUpdated, NodeJoined, RunFailed, RunFinished, SampleGenerated
+from forge.events import AlertNotSent, AlertSent, CostUpdated, NodeJoined, RunFailed, RunFinished, SampleGenerated
 from forge.plan.durations import ClusterCost, Forecast, WorldHours
 from forge.plan.plan import plan_to_json
 from forge.plan.throughput import Estimate
@@ -52,6 +53,9 @@ def eventful(*, text: str = "lost") -> History:
             history.change("growth", reason=text)
             history.nodes = ("a", "c")
             history.form(5.0)
+    message: dict[str, Any] = {"kind": "preempted", "text": f"r: {text}", "count": 1, "until": history.now}
+    history.record(AlertSent(receiver="webhook", **message))
+    history.record(AlertNotSent(receiver="command", reason=text, **message))
     history.record(CostUpdated(usd=1.25, usd_per_hour=3.0, saved_usd=3.75))
     return history
 

@@ -239,6 +239,11 @@ const takers = {
   cost: (key, texts) => takeFact("cost", key, texts),
   results: (key, texts) => takeFact("results", key, texts),
   changes: (key, texts) => takeRow("changes", key, texts, ["number", "", "", "number", "text"]),
+  alerts: (key, texts) => {
+    takeRow("alerts", key, texts, ["date", "whole", "text", "text"]);
+    at("alerts").hidden = false;
+    at("no-alerts").hidden = true;
+  },
   trials: (key, texts) => takeRow("trials", key, texts, ["number", "", "number", "number", "text", "number"]),
   events: (key, [text]) => keepAtEnd(at("events"), () => setText(keyed("events", key, () => addTo("events", make("p", {}))), text)),
 };
@@ -323,7 +328,7 @@ async function stopRun() {
 }
 
 function startRun() {
-  for (const id of ["changes", "trials"]) at(id)?.tBodies[0].setAttribute("id", `${id}-body`);
+  for (const id of ["changes", "alerts", "trials"]) at(id)?.tBodies[0].setAttribute("id", `${id}-body`);
   const stream = follow(() => {
     const log = at("log").value;
     return `${page.path}/events${log ? `?log=${encodeURIComponent(log)}` : ""}`;
