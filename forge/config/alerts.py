@@ -16,13 +16,13 @@ from forge.config.section import FieldError, Section, Strings
 
 AlertKind = Literal["loss_spike", "nan", "stalled", "budget", "preempted", "finished", "failed"]
 ALERT_KINDS: tuple[AlertKind, ...] = typing.get_args(AlertKind)
-_OF_SEARCHES = ("finished", "failed")
+_OF_SEARCHES = ("budget", "finished", "failed")
 """The other kinds are about the steps and machines of one run."""
 
 
 class AlertsSpec(Section):
     """Messages about what happens to a run, sent by its recorder beside the training: they never delay or fail it
-    (docs/alerts.md). Of a search: when it has finished or failed."""
+    (docs/alerts.md). Of a search: about its cost, and when it has finished or failed."""
 
     webhook: str | None = Field(None, min_length=1, max_length=2000)
     """Where to post `{"text": ...}`, the form of Slack's incoming webhooks; `${env:ALERT_URL}`, because
@@ -38,8 +38,8 @@ class AlertsSpec(Section):
     """Send W&B alerts too, from the run that `tracking.wandb` writes."""
 
     on: Strings = ALERT_KINDS
-    """What is worth a message: `loss_spike`, `nan`, `stalled`, `budget` (50, 80 and 100 % of `resources.max_usd`),
-    `preempted`, `finished`, `failed`; by default all."""
+    """What is worth a message: `loss_spike`, `nan`, `stalled`, `budget` (50, 80 and 100 % of `resources.max_usd` or
+    `search.max_usd`), `preempted`, `finished`, `failed`; by default all."""
 
     def kinds(self, *, is_search: bool) -> frozenset[str]:
         """Return the kinds that are sent."""
@@ -79,7 +79,7 @@ class AlertsSpec(Section):
 
 
 def alert_problems(
-    alerts: AlertsSpec, *, resources: ResourcesSpec, tracking: TrackingSpec, is_search: bool
+    alerts: AlertsSpec, *, resources: ResourcesSpec, tracking: TrackingSpec, is_search: bool, has_usd_limit: bool
 ) -> Iterator[FieldError]:
     """Yield what other sections make impossible; where `on` has all kinds, those that can occur are sent."""
     if alerts.wandb and tracking.wandb.mode == "disabled":
@@ -88,11 +88,11 @@ def alert_problems(
     if set(alerts.on) == set(ALERT_KINDS):  # also where a plan has written the default out
         return
     if is_search and (other := [kind for kind in alerts.on if kind not in _OF_SEARCHES]):
-        problem = f"has {', '.join(other)}, which are for single runs; a search has {' and '.join(_OF_SEARCHES)}"
+        problem = f"has {', '.join(other)}, which are for single runs; a search has {', '.join(_OF_SEARCHES)}"
         yield FieldError("alerts.on", problem, depends_on=("search",))
-    elif "budget" in alerts.on and resources.max_usd is None:
-        problem = "has budget, but there is none: set resources.max_usd"
-        yield FieldError("alerts.on", problem, depends_on=("resources.max_usd",))
+    elif "budget" in alerts.on and not has_usd_limit:
+        key = "search.max_usd" if is_search else "resources.max_usd"
+        yield FieldError("alerts.on", f"has budget, but there is none: set {key}", depends_on=(key,))
     elif "preempted" in alerts.on and resources.engine != "elastic":
         problem = "has preempted, which requires engine: elastic, whose supervisor records it"
         yield FieldError("alerts.on", problem, depends_on=("resources.engine",))

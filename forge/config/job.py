@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from operator import itemgetter
 
 from pydantic import Field, field_validator, model_validator
 
@@ -95,6 +96,15 @@ class JobSpec(Section):
             self.__dict__["data"] = self.data.model_copy(update={"labels": labels})
         return self
 
+    @property
+    def usd_limit(self) -> tuple[str, float] | None:
+        """The key and value of the cost limit that is reached first; None without one."""
+        limits = {"resources.max_usd": self.resources.max_usd}
+        if self.search is not None:
+            limits["search.max_usd"] = self.search.max_usd
+        known = [(key, usd) for key, usd in limits.items() if usd is not None]
+        return min(known, key=itemgetter(1), default=None)
+
     def _problems(self) -> Iterator[FieldError]:
         if self.search is not None and self.resources.engine != "elastic":
             yield FieldError("resources.engine", "`search` requires engine: elastic", nearest="elastic")
@@ -107,7 +117,11 @@ class JobSpec(Section):
         if self.alerts is not None:
             is_search = self.search is not None
             yield from alert_problems(
-                self.alerts, resources=self.resources, tracking=self.tracking, is_search=is_search
+                self.alerts,
+                resources=self.resources,
+                tracking=self.tracking,
+                is_search=is_search,
+                has_usd_limit=self.usd_limit is not None,
             )
         if self.code is None:
             problem = "names a class of your own; add the folder it is in, such as 'code: ./src'"

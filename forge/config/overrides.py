@@ -12,6 +12,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from forge.config.alerts import ALERT_KINDS, AlertsSpec
 from forge.config.errors import field_errors
 from forge.config.job import JobSpec
 from forge.config.load import LoadedJob
@@ -38,19 +39,29 @@ def job_with(job: JobSpec, values: Mapping[str, Any]) -> JobSpec:
 
 
 def trial_job(job: JobSpec, values: Mapping[str, Any], *, is_proxied: bool = True) -> JobSpec:
-    """Return the job of one trial: without `search`, with the proxy, the values and the keys computed from them.
+    """Return the job of one trial: without the search's `search` and `alerts`, with the proxy, the values and the
+    keys computed from them.
 
     Args:
         values: by dotted key.
-        is_proxied: False for the full job with these values, as in `best.yaml`.
+        is_proxied: False for the full job with these values, as in `best.yaml`, which keeps `alerts`.
 
     Raises: JobFileError that names a key of the job.
     """
     search = search_of(job)
-    bare = job.model_copy(update={"search": None})
-    bare.model_fields_set.discard("search")
+    bare = job.model_copy(update={"search": None, "alerts": None if is_proxied else _alerts_of_run(job)})
+    bare.model_fields_set.difference_update({"search"} if bare.alerts is not None else {"search", "alerts"})
     fixed = {**(search.proxy if is_proxied else {}), **values}
     return job_with(bare, fixed | followers(job_with(bare, fixed), search))
+
+
+def _alerts_of_run(job: JobSpec) -> AlertsSpec | None:
+    """Return the alerts of a search for a single run, which has no `search.max_usd` to be alerted about."""
+    alerts = job.alerts
+    if alerts is None or job.resources.max_usd is not None or set(alerts.on) == set(ALERT_KINDS):
+        return alerts
+    on = tuple(kind for kind in alerts.on if kind != "budget") or ("finished", "failed")
+    return alerts.model_copy(update={"on": on})
 
 
 def followers(job: JobSpec, search: SearchSpec) -> dict[str, Any]:

@@ -25,6 +25,6 @@ def alert_facts(plan: DraftPlan) -> list[tuple[str, str]]:
     if alerts.wandb:
         receivers.append("W&B")
     kinds = set(alerts.kinds(is_search=plan.job.search is not None))
-    kinds -= {"budget"} if plan.job.resources.max_usd is None else set()
+    kinds -= {"budget"} if plan.job.usd_limit is None else set()
     kinds -= {"preempted"} if plan.job.resources.engine != "elastic" else set()
     return [("alerts", f"{', '.join(receivers)}: {', '.join(kind for kind in ALERT_KINDS if kind in kinds)}")]

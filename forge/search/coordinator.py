@@ -151,8 +151,8 @@ class SearchCoordinator:
         self._started_at = time.monotonic()
         spent_usd = max((event["usd"] for event in events if event["event"] == "CostUpdated"), default=0.0)
         resources = plan.job.resources
-        max_usd = min((usd for usd in (self._search.max_usd, resources.max_usd) if usd is not None), default=None)
-        limits = CostLimits(usd=max_usd, usd_per_hour=resources.max_usd_per_hour)
+        usd_limit = plan.job.usd_limit
+        limits = CostLimits(usd=usd_limit and usd_limit[1], usd_per_hour=resources.max_usd_per_hour)
         host = ray.util.get_node_ip_address()
         self._meter = CostMeter(
             limits.capped_by(os.environ), head=host, head_usd_per_hour=read_price(os.environ), spent_usd=spent_usd

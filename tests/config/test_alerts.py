@@ -9,6 +9,7 @@ import pytest
 
 from forge.config.dump import dump_job
 from forge.config.load import LoadedJob, load_job
+from forge.config.overrides import trial_job
 from forge.errors import JobFileError, UserCodeError
 from forge.plan.plan import plan_from_json, plan_to_json
 from forge.report.alerts_text import alert_facts
@@ -116,6 +117,12 @@ def test_webhook__written_into_the_file__is_refused_but_for_loopback(tmp_path: P
             None,
         ),
         (
+            "alerts: {wandb: true, on: [budget]}\nsearch: {space: {training.optimizer.lr: {uniform: [0.1, 0.2]}}}",
+            "alerts.on",
+            "set search.max_usd",
+            None,
+        ),
+        (
             "alerts: {wandb: true, on: [nan]}\nsearch: {space: {training.optimizer.lr: {uniform: [0.1, 0.2]}}}",
             "alerts.on",
             "for single runs",
@@ -143,6 +150,20 @@ def test_plan__with_alerts__lists_receivers_and_the_kinds_that_can_occur(tmp_pat
 def test_plan__with_alerts_of_every_kind_and_no_budget__is_read_back(tmp_path: Path) -> None:
     plan = plan_of(load(tmp_path, "alerts: {command: [/bin/cat]}"))
     assert plan_from_json(plan_to_json(plan)).job.alerts == plan.job.alerts
+
+
+def test_alerts__of_a_search__are_those_of_its_cost_and_not_of_its_trials(tmp_path: Path) -> None:
+    search = "search: {max_usd: 5, space: {training.optimizer.lr: {uniform: [0.1, 0.2]}}}"
+    job = load(tmp_path, f"alerts: {{command: [/bin/cat], on: [budget]}}\n{search}\nresources: {{max_usd: 7}}").job
+    assert job.alerts is not None and job.alerts.kinds(is_search=True) == {"budget"}
+    assert job.usd_limit == ("search.max_usd", 5)
+    values = {"training.optimizer.lr": 0.1}
+    best = trial_job(job, values, is_proxied=False)
+    assert best.alerts == job.alerts and best.usd_limit == ("resources.max_usd", 7)
+    assert trial_job(job, values).alerts is None
+    alone = load(tmp_path, f"alerts: {{command: [/bin/cat], on: [budget]}}\n{search}").job
+    best = trial_job(alone, values, is_proxied=False)
+    assert best.alerts is not None and best.alerts.on == ("finished", "failed")
 
 
 def test_command__that_a_run_folder_brings__needs_trust(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

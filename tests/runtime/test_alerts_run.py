@@ -11,8 +11,11 @@ import pytest
 from forge.config.alerts import AlertsSpec
 from forge.errors import RunError
 from forge.plan.plan import plan_from_json
+from forge.runs.reader import read_plan
+from forge.runs.trials import trial_folder
 from forge.runtime.driver import Driver
 from tests.support.command import environment, forge
+from tests.support.pages import own_text
 from tests.support.price_server import Answer, serve_prices
 from tests.support.runs import make_run
 
@@ -65,6 +68,30 @@ def test_forge_train__with_alerts__sends_them_and_writes_no_address(tmp_path: Pa
         assert "s3cr3tpath" not in output
     for path in folder.rglob("*"):
         assert not path.is_file() or b"s3cr3tpath" not in path.read_bytes(), path
+
+
+@pytest.mark.slow
+def test_forge_tune__at_its_cost_limit__sends_the_alerts_of_the_search(tmp_path: Path) -> None:
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus" / "a.txt").write_text("the cat sat on a mat and saw one dog run past. " * 400)
+    page = tmp_path / "page"
+    page.write_text(f"#!/bin/sh\ncat >> {tmp_path / 'pages.jsonl'}\n")
+    page.chmod(0o755)
+    job = _JOB.replace("held_out: 0", "held_out: 5%").replace(", max_usd: 4", "").replace("COMMAND", str(page))
+    job = job.replace('webhook: "${env:ALERT_URL}", ', "").replace("1.0e-2}", "1.0e-2}, evaluate_every: 1000 steps")
+    space = "{training.optimizer.lr: {choice: [0.01, 0.02]}}"
+    search = f"search: {{max_usd: 8, max_trials: 2, trials_at_once: 1, space: {space}}}"
+    (tmp_path / "job.yaml").write_text(f"{job}{search}\n")
+    env = environment(tmp_path, FORGE_USD_PER_HOUR=str(_USD_PER_HOUR))
+    done = forge("tune", "job.yaml", "-o", "json", cwd=tmp_path, env=env)
+    assert done.returncode == 4, done.stderr
+    paged = [json.loads(line) for line in (tmp_path / "pages.jsonl").read_text().splitlines()]
+    assert {message["kind"] for message in paged} == {"budget", "finished"}
+    texts = [message["text"] for message in paged if message["kind"] == "budget"]
+    assert "the search has cost" in texts[-1] and "100% of search.max_usd (8.00 USD)" in texts[-1]
+    folder = next((tmp_path / "runs").iterdir())
+    assert "delivered to command" in own_text(folder / "report.html")
+    assert read_plan(Path(trial_folder(str(folder), 1))).job.alerts is None
 
 
 def test_driver__without_a_recorder__sends_the_failure_itself(tmp_path: Path) -> None:

@@ -46,12 +46,13 @@ class AlertDetector:
     """Reads the records of one run.
 
     Args:
-        max_usd: the job's limit, if it has one.
+        usd_limit: key and value of the job's cost limit, if it has one.
         now_s: a monotonic clock, as in every method: when reading began.
+        noun: what costs, `run` or `search`.
     """
 
-    def __init__(self, *, max_usd: float | None, now_s: float) -> None:
-        self._max_usd, self._progress_s = max_usd, now_s
+    def __init__(self, *, usd_limit: tuple[str, float] | None, now_s: float, noun: str = "run") -> None:
+        self._usd_limit, self._noun, self._progress_s = usd_limit, noun, now_s
         self._step = 0
         self._total_steps: int | None = None
         self._spikes = LossSpikes()
@@ -121,13 +122,14 @@ class AlertDetector:
         self._progress_s, self._is_stalled = now_s, False
 
     def _budget(self, usd: float | None, *, at: float) -> Iterator[Alert]:
-        if not self._max_usd or usd is None:
+        if self._usd_limit is None or usd is None:
             return
-        reached = sum(usd >= share * self._max_usd for share in BUDGET_SHARES)
+        key, limit = self._usd_limit
+        reached = sum(usd >= share * limit for share in BUDGET_SHARES)
         if reached > self._num_shares:
             self._num_shares = reached
-            share = f"{BUDGET_SHARES[reached - 1]:.0%} of resources.max_usd"
-            text = f"the run has cost {usd:,.2f} USD, {share} ({self._max_usd:,.2f} USD){self._where()}"
+            share = f"{BUDGET_SHARES[reached - 1]:.0%} of {key}"
+            text = f"the {self._noun} has cost {usd:,.2f} USD, {share} ({limit:,.2f} USD){self._where()}"
             yield self._alert("budget", text, at=at)
 
     def _end(self, record: Mapping[str, Any], *, at: float) -> Iterator[Alert]:

@@ -48,7 +48,8 @@ class RunAlerts:
     Args:
         folder: of the run.
         kinds: which alerts are sent.
-        max_usd: the job's limit, if it has one.
+        usd_limit: key and value of the job's cost limit, if it has one.
+        noun: what costs, `run` or `search`.
         record: writes an event; called on other threads.
     """
 
@@ -58,11 +59,12 @@ class RunAlerts:
         *,
         receivers: Sequence[AlertReceiver],
         kinds: frozenset[str],
-        max_usd: float | None,
+        usd_limit: tuple[str, float] | None,
+        noun: str = "run",
         record: Callable[[Event], None],
     ) -> None:
         self._folder, self._receivers, self._kinds, self._record = folder, receivers, kinds, record
-        self._detector = AlertDetector(max_usd=max_usd, now_s=time.monotonic())
+        self._detector = AlertDetector(usd_limit=usd_limit, noun=noun, now_s=time.monotonic())
         self._readers = (RecordReader(folder, kind="step"), RecordReader(folder, kind="event"))
         self._history = {receiver.name: _History() for receiver in receivers}
         self._deliveries: list[AlertDelivery] = []
@@ -179,6 +181,7 @@ def start_alerts(
         folder,
         receivers=receivers,
         kinds=spec.kinds(is_search=plan.search is not None),
-        max_usd=plan.job.resources.max_usd,
+        usd_limit=plan.job.usd_limit,
+        noun="run" if plan.search is None else "search",
         record=record,
     )

@@ -29,8 +29,9 @@ from tests.support.seeds import SEED
 _STARTED = RunStarted(run_id="r", total_steps=1000, resumed_from_step=0)
 
 
-def alerts_of(*events: Event, max_usd: float | None = None) -> list[Alert]:
-    detector = AlertDetector(max_usd=max_usd, now_s=0.0)
+def alerts_of(*events: Event, max_usd: float | None = None, noun: str = "run") -> list[Alert]:
+    limit = None if max_usd is None else ("resources.max_usd" if noun == "run" else "search.max_usd", max_usd)
+    detector = AlertDetector(usd_limit=limit, now_s=0.0, noun=noun)
     return [
         alert
         for number, event in enumerate(events)
@@ -73,7 +74,7 @@ def test_loss_spike__of_several_steps__is_one_until_the_loss_is_back() -> None:
 
 
 def test_step__without_a_finite_loss__is_one_alert_until_it_is_finite() -> None:
-    detector = AlertDetector(max_usd=None, now_s=0.0)
+    detector = AlertDetector(usd_limit=None, now_s=0.0)
     losses = [1.0, math.nan, math.nan, 1.0, math.inf]
     found = [a for step, loss in enumerate(losses, 1) for a in detector.step(row(step, loss), now_s=0.0)]
     assert [(alert.kind, alert.step) for alert in found] == [("nan", 2), ("nan", 5)]
@@ -87,6 +88,8 @@ def test_budget__at_each_share__is_one_alert() -> None:
     (jumped,) = alerts_of(CostUpdated(usd=9.0, usd_per_hour=1.0), max_usd=10.0)
     assert "80% of resources.max_usd" in jumped.text
     assert not alerts_of(*costs)
+    (half,) = alerts_of(costs[1], max_usd=10.0, noun="search")
+    assert half.text == "the search has cost 5.00 USD, 50% of search.max_usd (10.00 USD)"
 
 
 def test_membership_change__after_a_loss_or_notice__is_a_preemption() -> None:
@@ -118,7 +121,7 @@ def test_end__of_a_run__says_how_and_quotes_no_error() -> None:
 
 
 def test_stalled__without_a_step_for_long__is_one_alert_with_what_is_waited_for() -> None:
-    detector = AlertDetector(max_usd=None, now_s=0.0)
+    detector = AlertDetector(usd_limit=None, now_s=0.0)
 
     def happen(event: Event, now_s: float) -> None:
         assert not list(detector.event({"time": now_s} | event_to_record(event), now_s=now_s))
@@ -143,7 +146,7 @@ def test_stalled__without_a_step_for_long__is_one_alert_with_what_is_waited_for(
 
 
 def test_stalled__with_slow_steps__waits_for_ten_of_them() -> None:
-    detector = AlertDetector(max_usd=None, now_s=0.0)
+    detector = AlertDetector(usd_limit=None, now_s=0.0)
     list(detector.event({"time": 0.0} | event_to_record(_STARTED), now_s=0.0))
     for step in range(1, 5):
         list(detector.step(row(step, 2.0) | {"speed/step_s": 300.0}, now_s=0.0))
