@@ -57,7 +57,7 @@ _MAX_EVENTS = 500_000
 """Of all runs whose pages were shown last; they are kept in memory."""
 _MAX_FACTS = 200
 _MAX_BODY_BYTES = 4096
-_STATIC = ("page.css", "ui.css", "ui.js", "colors.css", "plotly.js")
+_STATIC = ("page.css", "ui.css", "sort.js", "ui.js", "colors.css", "plotly.js")
 
 
 class Pages:
@@ -164,7 +164,7 @@ async def _list_page(pages: Pages, request: Request) -> Response:
     return pages.render(
         "list.html.j2",
         runs=[(row.key, row.as_row()) for row in runs.rows()],
-        columns=COLUMNS,
+        columns=list(COLUMNS),
         root=str(runs.root.absolute()),
         cluster=runs.cluster,
         problem=runs.problem,

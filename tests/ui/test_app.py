@@ -68,7 +68,7 @@ def test_pages__every_route__has_the_policy_and_loads_nothing_else(root: Path) -
         assert all(
             link.startswith(("/", "data:", "#")) for link in re.findall(r'(?:src|href)="([^"]*)"', answer.text)
         )
-    for name in ("page.css", "ui.css", "colors.css", "ui.js"):
+    for name in ("page.css", "ui.css", "colors.css", "sort.js", "ui.js"):
         answer = client.get(f"/static/{name}")
         assert answer.status_code == 200 and not re.search(r"https?://|@import|url\(|innerHTML|eval\(", answer.text)
     assert client.get("/static/plotly.js").status_code == 200

@@ -113,6 +113,47 @@ def test_list__filtered_and_changed__shows_what_matches(
     asyncio.run(in_browser(tmp_path, serve(root), use))
 
 
+def test_list__sorted_by_keyboard__keeps_its_order_while_runs_change(
+    root: Path, live: Path, tmp_path: Path, serve: Callable[..., str]
+) -> None:
+    """Screenshots are kept in `$FORGE_SCREENSHOTS`, to be looked at."""
+    kept = Path(os.environ.get("FORGE_SCREENSHOTS", tmp_path))
+    names = "[...document.querySelectorAll('#runs tbody a')].map(a => a.textContent.slice(0, 4)).join()"
+    marked = "[...document.querySelectorAll('[aria-sort]')].map(h => h.dataset.sort + ' ' + h.ariaSort).join()"
+    focused = "document.activeElement.textContent"
+
+    async def use(browser: Browser) -> None:
+        await browser.wait(f"{COUNT} == '5 runs'")
+        assert await browser.value(marked) == "updated descending"
+        assert (await browser.value(names)).startswith("live,")  # a running one is first
+        await browser.value("document.getElementById('status').focus()")
+        while await browser.value(focused) != "USD":
+            await browser.press("Tab", code=9)
+        await browser.press("Enter", code=13, text="\r")
+        await browser.wait(f"{names}.startsWith('tune,<img,')")  # the largest first, unknown ones last
+        assert await browser.value(marked) == "USD descending"
+        assert await browser.value("location.search") == "?sort=-USD"
+        await browser.press(" ", code=32, text=" ")
+        await browser.wait(f"{names}.startsWith('<img,tune,')")
+        assert await browser.value(marked) == "USD ascending"
+        with (live / "events.jsonl").open("a") as file:
+            cost = event_to_record(CostUpdated(usd=1.5, usd_per_hour=3.0))
+            file.write(json.dumps({"time": time.time()} | cost) + "\n")
+        await browser.wait(f"{names}.startsWith('<img,live,tune,')")
+        assert await browser.value(focused) == "USD"
+        for look in ("light", "dark", "phone"):
+            await _look(browser, look, kept=kept, file="ui-sorted")
+        await browser.value("sort.value = 'run'; sort.dispatchEvent(new Event('change'))")
+        await browser.wait(f"{names} == '<img,brok,link,live,tune'")
+        assert await browser.value("document.querySelector('#sort').offsetParent !== null")
+        await browser.call("Page.navigate", url=f"{await browser.value('location.origin')}/?sort=-progress&q=e")
+        await browser.wait(f"document.readyState == 'complete' && {marked} == 'progress descending'")
+        assert await browser.value(names) == "<img,tune,live,brok"
+        assert await browser.value("document.getElementById('sort').value") == "progress"
+
+    asyncio.run(in_browser(tmp_path, serve(root), use))
+
+
 def test_run__while_it_runs__page_follows(
     root: Path, live: Path, tmp_path: Path, serve: Callable[..., str]
 ) -> None:

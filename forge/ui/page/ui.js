@@ -64,11 +64,13 @@ function startList() {
     const [name, status] = row.cells;
     row.words = `${name.querySelector("a").textContent} ${name.querySelector(".about").textContent}`.toLowerCase();
     row.status = status.firstChild.dataset.status;
+    return sorter.index(row);
   };
   const showAge = (cell) => setText(cell, `${duration(Math.max(0, Date.now() / 1000 - Number(cell.dataset.time)))} ago`);
   const showAges = () => body.querySelectorAll(".when").forEach(showAge);
   const arrange = () => {  // only some rows are in the page: laying out thousands takes seconds
     isDue = false;
+    sorter.sort(order);
     const words = at("text").value.toLowerCase().split(/\s+/), status = at("status").value;
     const found = order.filter((row) => (!status || row.status === status) && words.every((word) => row.words.includes(word)));
     const shown = found.slice(0, limit);
@@ -88,10 +90,15 @@ function startList() {
     const query = new URLSearchParams();
     if (at("text").value) query.set("q", at("text").value);
     if (at("status").value) query.set("state", at("status").value);
+    if (sorter.text()) query.set("sort", sorter.text());
     history.replaceState(null, "", query.size ? `?${query}` : location.pathname);
     limit = first;
     arrange();
   };
+  const sorter = makeSorter(at("runs"), at("sort"), () => {
+    order.forEach(sorter.index);
+    filter();
+  });
   const more = () => {
     limit += first;
     arrange();
@@ -126,16 +133,17 @@ function startList() {
     const when = row.cells[row.cells.length - 1];
     when.dataset.time = updated;
     showAge(when);
-    index(row);
+    isDue = index(row) || isDue;
     isDue ||= before !== `${row.words} ${row.status}`;
   };
 
+  const query = new URLSearchParams(location.search);
+  sorter.read(query.get("sort") || "");
   order = [...body.rows, ...at("rest").content.children];
   for (const row of order) {
     rows.set(row.dataset.key, row);
     index(row);
   }
-  const query = new URLSearchParams(location.search);
   at("text").value = query.get("q") || "";
   at("status").value = query.get("state") || "";
   arrange();
