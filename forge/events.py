@@ -245,6 +245,10 @@ class GenerationStarting:
     from_step: int
     source: str
     """Where the state comes from: `memory` or `storage` (nothing is loaded at step 0)."""
+    num_spare: int = 0
+    """Workers that get no rank, since the plan estimates shorter steps without them."""
+    num_split_groups: int = 0
+    """Groups of hpZ that are on more than one node, whose gathers take longer than the plan estimates."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -86,7 +86,12 @@ ONLY_IN = {
     "starlette": ("forge/serve/http/", "forge/ui/"),
     "uvicorn": ("forge/serve/http/connection.py", "forge/runtime/serve_process.py", "forge/ui/server.py"),
     "yaml": ("forge/config/",),
-    "deepspeed": ("forge/train/engine.py", "forge/train/process_group.py", "forge/train/state.py"),
+    "deepspeed": (
+        "forge/train/engine.py",
+        "forge/train/process_group.py",
+        "forge/train/state.py",
+        "forge/train/zero3.py",
+    ),
     "bitsandbytes": ("forge/model/quantise.py", "forge/train/optimizer_8bit.py"),
     "peft": ("forge/model/adapters.py",),
     "wandb": ("forge/runs/trackers/wandb_tracker.py", "forge/runs/trackers/wandb_log.py"),

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from forge.cli import display
 from forge.cli.data_view import show_examples
-from forge.plan.plan import DraftPlan, WorldSizePlan
+from forge.plan.plan import DraftPlan
+from forge.plan.world_size import WorldSizePlan
 from forge.report.alerts_text import alert_facts
 from forge.report.text import headline, plan_facts, search_facts
 from forge.units import format_bytes, format_duration
@@ -23,6 +24,8 @@ def show_plan(plan: DraftPlan, *, to_stderr: bool = False) -> None:
     columns = ["#workers", "#micro", "#accum.", "#pad", "#weights", "#grads", "#states", "#host", "#~total"]
     rows = []
     hours = {world.world_size: world.hours for world in plan.forecast.worlds} if plan.forecast else {}
+    has_groups = any(world.hpz_partition_size > 1 for world in plan.worlds)
+    columns[1:1] = ["#group"] if has_groups else []
     columns += ["#~time"] if hours else []
     shown = _shown(plan.worlds)
     for world in shown:
@@ -30,6 +33,7 @@ def show_plan(plan: DraftPlan, *, to_stderr: bool = False) -> None:
         rows.append(
             [
                 str(batch.world_size),
+                *([str(world.hpz_partition_size)] if has_groups else []),
                 str(batch.micro_batch_size),
                 str(batch.gradient_accumulation_steps),
                 str(batch.padding),
@@ -44,6 +48,9 @@ def show_plan(plan: DraftPlan, *, to_stderr: bool = False) -> None:
     if any(world.fits is False for world in plan.worlds):
         columns.append("")
         rows = [[*row, "" if world.fits else "does not fit"] for row, world in zip(rows, shown, strict=True)]
+    if any(world.num_spare for world in shown):
+        columns.append("#spare")
+        rows = [[*row, str(world.num_spare or "")] for row, world in zip(rows, shown, strict=True)]
     display.table(columns, rows, console=console)
     if len(shown) < len(plan.worlds):
         display.message(

@@ -62,10 +62,41 @@ class ZeroSpec(Section):
     `cpu`: in host memory, which frees GPU memory for weights, gradients and activations. DeepSpeed's
     `offload_optimizer`; not available at stage 0."""
 
+    hpz_partition_size: WholeOrAuto = "auto"
+    """Number of workers in a group that keeps a second copy of the weights, divided among its workers (hpZ, arXiv
+    2306.10209), so that of a step only the first forward pass gathers weights from all workers. It takes the bytes
+    of the weights ÷ this number from each GPU. `auto`: the GPUs of a machine where several machines take part and
+    the estimated step is shorter by it, else 1; `1`: no groups. At numbers of workers that it does not divide, the
+    plan chooses the fastest of smaller groups, fewer workers and no groups. DeepSpeed's `zero_hpz_partition_size`;
+    only at stage 3."""
+
+    quantized_weights: bool = False
+    """Gather weights in 8 bits (qwZ, arXiv 2306.10209): half of the bytes of bf16, but other losses. DeepSpeed's
+    `zero_quantized_weights`; only at stage 3 and on GPUs, where DeepSpeed compiles its kernels at the first start,
+    which needs CUDA's compiler."""
+
+    quantized_gradients: bool = False
+    """Reduce gradients in 4 bits (qgZ, arXiv 2306.10209): a quarter of the bytes of bf16, and other losses.
+    DeepSpeed's `zero_quantized_gradients`; as `quantized_weights`."""
+
     @model_validator(mode="after")
     def _is_divided(self) -> ZeroSpec:
+        errors: list[FieldError] = []
         if self.offload != "none" and self.stage == 0:
-            raise FieldError("offload", "needs stage 1, 2 or 3: stage 0 shards nothing")
+            errors.append(FieldError("offload", "needs stage 1, 2 or 3: stage 0 shards nothing"))
+        size = self.hpz_partition_size
+        if size != "auto" and size < 1:
+            errors.append(FieldError("hpz_partition_size", "must be auto, 1 (no groups) or the workers of a group"))
+        elif self.stage != 3 and size not in ("auto", 1):
+            problem = f"needs stage: 3: at stage {self.stage} every worker has all weights"
+            errors.append(FieldError("hpz_partition_size", problem, depends_on=("stage",)))
+        for key, what in (
+            ("quantized_weights", "weights are gathered"),
+            ("quantized_gradients", "DeepSpeed has it"),
+        ):
+            if getattr(self, key) and self.stage != 3:
+                errors.append(FieldError(key, f"needs stage: 3: {what} at that stage only", depends_on=("stage",)))
+        raise_errors(errors)
         return self
 
 

@@ -335,9 +335,7 @@ def _grow(state: MembershipState, now: float) -> Decision:
     """Include ready nodes: shortly after they joined, or at once if one replaces a node with a notice."""
     preempted = [name for name in _assigned_nodes(state) if state.nodes[name].preempted_at is not None]
     staying = [node for node in state.nodes.values() if node.preempted_at is None]
-    possible = min(
-        _target_size(state, now), sum(node.usable_slots(now, margin_s=state.margin_s) for node in staying)
-    )
+    possible = _num_ranks(state, sum(node.usable_slots(now, margin_s=state.margin_s) for node in staying), now=now)
     if preempted and possible >= len(state.assignment):
         return _drain(state, now, cause="notice", reason=f"node {preempted[0]} is replaced")
     if possible <= len(state.assignment):
@@ -454,11 +452,13 @@ def _start(state: MembershipState, now: float, *, former_size: int = 0) -> Decis
             is reached without it, because it would have to be left out soon anyway.
     """
     staying = {name: node for name, node in state.nodes.items() if node.preempted_at is None}
-    without_preempted = _assign(replace(state, nodes=staying), now)
-    is_enough = former_size and len(without_preempted) >= max(
-        state.min_workers, min(former_size, _target_size(state, now))
+    chosen = replace(state, nodes=staying)
+    assignment = _assign(chosen, now)
+    is_enough = former_size and len(assignment) >= max(
+        state.min_workers, min(former_size, _num_ranks(state, _target_size(state, now), now=now))
     )
-    assignment = without_preempted if is_enough else _assign(state, now)
+    if not is_enough:
+        chosen, assignment = state, _assign(state, now)
     found = newest_complete_step(state)
     from_memory = found is not None and found.step >= state.stored_step
     start = StartGeneration(
@@ -466,6 +466,8 @@ def _start(state: MembershipState, now: float, *, former_size: int = 0) -> Decis
         assignment=assignment,
         step=found.step if found and from_memory else state.stored_step,
         source=(found.generation, found.world_size) if found and from_memory else None,
+        num_spare=min(_target_size(state, now), _usable_slots(chosen, now)) - len(assignment),
+        num_split_groups=_num_split(assignment, size=state.group_sizes.get(len(assignment), 1)),
     )
     state = replace(
         state,
@@ -484,20 +486,28 @@ def _start(state: MembershipState, now: float, *, former_size: int = 0) -> Decis
 def _assign(state: MembershipState, now: float) -> tuple[str, ...]:
     """Choose a node for each rank: nodes that hold the newest replicas first, so that little state is transferred.
 
-    While slots are released for another run, guaranteed slots come first.
+    Groups of ranks are consecutive, so nodes with whole groups come before all others: a group is then on one node
+    as far as the slots allow. While slots are released for another run, guaranteed slots come first.
     """
-    size = min(_target_size(state, now), _usable_slots(state, now))
+    size = _num_ranks(state, _usable_slots(state, now), now=now)
+    group = state.group_sizes.get(size, 1)
     respect = _sum_usable(state, now, respect_quarantine=True) >= state.min_workers
-    order = sorted(state.nodes, key=lambda name: (-_newest_step(state.nodes[name]), name))
     usable = {
-        n: state.nodes[n].usable_slots(now, margin_s=state.margin_s, respect_quarantine=respect) for n in order
+        name: node.usable_slots(now, margin_s=state.margin_s, respect_quarantine=respect)
+        for name, node in state.nodes.items()
     }
+    order = sorted(usable, key=lambda name: (usable[name] % group > 0, -_newest_step(state.nodes[name]), name))
     taken = dict.fromkeys(order, 0)
     for only_guaranteed in (True, False) if now < state.yield_until else (False,):
         for name in order:
             most = min(usable[name], state.nodes[name].num_guaranteed) if only_guaranteed else usable[name]
             taken[name] += max(0, min(most - taken[name], size - sum(taken.values())))
     return tuple(name for name in order for _ in range(taken[name]))
+
+
+def _num_split(assignment: tuple[str, ...], *, size: int) -> int:
+    """Count the groups of consecutive ranks that are on more than one node."""
+    return sum(len(set(assignment[at : at + size])) > 1 for at in range(0, len(assignment), size))
 
 
 def _newest_step(node: MemberNode) -> int:
@@ -515,6 +525,12 @@ def _sum_usable(state: MembershipState, now: float, *, respect_quarantine: bool)
         node.usable_slots(now, margin_s=state.margin_s, respect_quarantine=respect_quarantine)
         for node in state.nodes.values()
     )
+
+
+def _num_ranks(state: MembershipState, num_slots: int, *, now: float) -> int:
+    """Return how many ranks a generation has on so many slots: those that the plan leaves spare get none."""
+    most = min(_target_size(state, now), num_slots)
+    return most - state.num_spare.get(most, 0)
 
 
 def _target_size(state: MembershipState, now: float) -> int:

@@ -2,6 +2,8 @@
 
 Plain data, so that a history can be recorded and replayed; `forge.elastic.membership` makes the decisions. Times
 are seconds of one clock. A node's name consists of Ray's node id and the number of its agent on that node.
+
+The module is long because it lists every event and action of a run.
 """
 
 from __future__ import annotations
@@ -79,6 +81,10 @@ class MembershipState:
 
     min_workers: int
     max_workers: int
+    num_spare: Mapping[int, int] = field(default_factory=dict)
+    """Usable slots → how many of them get no rank, by the plan; 0 where left out."""
+    group_sizes: Mapping[int, int] = field(default_factory=dict)
+    """World size → ranks in a group that should be on one node, as of hpZ; 1 where left out."""
     phase: Phase = Phase.WAITING
     generation: int = 0
     """The newest generation; the next one has the next number."""
@@ -292,6 +298,10 @@ class StartGeneration:
     """The step to continue from."""
     source: tuple[int, int] | None
     """(generation, world size) of the snapshots to load; None: load from storage, or initialise at step 0."""
+    num_spare: int = 0
+    """Usable slots without a rank, by the plan."""
+    num_split_groups: int = 0
+    """Groups (`group_sizes`) on more than one node."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -387,6 +387,8 @@ class Supervisor:
                 world_size=len(start.assignment),
                 from_step=start.step,
                 source="memory" if start.source else "storage",
+                num_spare=start.num_spare,
+                num_split_groups=start.num_split_groups,
             )
         )
         laps = {"decide": round(decided_in_s, 4)}

@@ -159,12 +159,12 @@ class _Shapes:
 
     def _hours(self, offer: Offer, count: int, *, gpu: Gpu) -> WorldHours | str:
         world_size = count * offer.num_gpus
-        world = world_on_gpu(self.plan, world_size, gpu=gpu)
+        links = interconnect(gpus_per_node=offer.num_gpus, gbps=offer.inter_node_gbps)
+        world = world_on_gpu(self.plan, world_size, gpu=gpu, links=links)
         if not world.fits:
             return NO_MEMORY
         if offer.num_gpus * world.memory.host_bytes > USABLE_SHARE * offer.memory_gib * 2**30:
             return "the copies of the state do not fit in the machine's memory"
-        links = interconnect(gpus_per_node=offer.num_gpus, gbps=offer.inter_node_gbps)
         return forecast_world(self.plan, world_size=world_size, gpu=gpu, interconnect=links, former=self.former)
 
     def interrupted(

@@ -69,6 +69,10 @@ def _deciding(job: JobSpec) -> dict[str, Any]:
     body = job.model_dump(mode="json", include={"model", "data", "training"})
     for name in ("evaluate_every", "micro_batch_size", "zero", "activation_checkpointing", "cross_entropy"):
         body["training"].pop(name)
+    zero = job.training.zero
+    quantized = {key: True for key in ("quantized_weights", "quantized_gradients") if getattr(zero, key)}
+    if quantized:
+        body["training"]["zero"] = quantized
     for section, key in (("model", "init_from"), ("model", "resize_embeddings"), ("tokenizer", "add_tokens")):
         values = body["data"]["tokenizer"] if section == "tokenizer" else body["model"]
         if not values.get(key):

@@ -8,8 +8,11 @@ from forge.config.training import TrainingSpec
 from forge.plan.batch import BatchPlan
 
 
-def deepspeed_config(training: TrainingSpec, batch: BatchPlan) -> dict[str, Any]:
+def deepspeed_config(training: TrainingSpec, batch: BatchPlan, *, hpz_partition_size: int = 1) -> dict[str, Any]:
     """Return DeepSpeed's configuration for one world size.
+
+    Args:
+        hpz_partition_size: workers in a group of hpZ, a divisor of the world size; 1: no groups.
 
     It has no `optimizer` section: forge passes the optimizer as an object, because DeepSpeed's fused optimizers are
     compiled at run time. forge sets the learning rate at every step, so there is no `scheduler` section either.
@@ -22,6 +25,11 @@ def deepspeed_config(training: TrainingSpec, batch: BatchPlan) -> dict[str, Any]
         zero |= {"overlap_comm": False, "reduce_bucket_size": 50_000_000, "allgather_bucket_size": 50_000_000}
     if stage == 3:
         zero |= {"stage3_param_persistence_threshold": 10_000, "stage3_gather_16bit_weights_on_model_save": False}
+        if hpz_partition_size > 1:
+            zero["zero_hpz_partition_size"] = hpz_partition_size
+        for key in ("quantized_weights", "quantized_gradients"):
+            if getattr(training.zero, key):
+                zero[f"zero_{key}"] = True
     if training.zero.offload == "cpu":
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
     return {

@@ -24,11 +24,12 @@ from forge.plan.gpus import Gpu, find_gpu
 from forge.plan.inputs import CorpusInfo, HardwareInfo
 from forge.plan.mixture import as_read
 from forge.plan.parameter_groups import OptimizerState, groups_of, optimizer_state
-from forge.plan.plan import DraftPlan, Plan, WorldSizePlan, plan_world_size
+from forge.plan.plan import DraftPlan, Plan
 from forge.plan.space import checkpoint_bytes
 from forge.plan.step_work import step_work_of_job
 from forge.plan.task_time import num_scorings, scoring_s
 from forge.plan.throughput import Estimate, Interconnect, estimate_step, with_uncertainty
+from forge.plan.world_size import WorldSizePlan, plan_world_size
 from forge.units import Every, format_duration
 
 CPU_EFFICIENCY = Estimate(low=0.1, likely=0.35, high=0.6)
@@ -201,7 +202,9 @@ def _baseline_s(plan: DraftPlan, world_size: int, *, gpu: Gpu | None, links: Int
     if gpu is None:
         return step_flops(plan) / world_size
     state = _state(plan)
-    world = world_on_gpu(plan, world_size, gpu=gpu)
+    world = world_on_gpu(plan, world_size, gpu=gpu, links=links)
+    if world.num_spare:
+        world = world_on_gpu(plan, world.num_ranks, gpu=gpu, links=links)
     work = step_work_of_job(
         plan.job,
         model=plan.model,
@@ -210,12 +213,13 @@ def _baseline_s(plan: DraftPlan, world_size: int, *, gpu: Gpu | None, links: Int
         gpu=gpu,
         corpus=_corpus(plan),
         teacher=plan.teacher,
+        hpz_partition_size=world.hpz_partition_size,
     )
     return estimate_step(work, gpu=gpu, interconnect=links).total_s
 
 
-def world_on_gpu(plan: DraftPlan, world_size: int, *, gpu: Gpu) -> WorldSizePlan:
-    """Return batch and memory of a job at one world size on a GPU that may differ from the plan's."""
+def world_on_gpu(plan: DraftPlan, world_size: int, *, gpu: Gpu, links: Interconnect) -> WorldSizePlan:
+    """Return batch and memory of a job at one world size on GPUs that may differ from the plan's."""
     return plan_world_size(
         plan.job,
         model=plan.model,
@@ -223,6 +227,7 @@ def world_on_gpu(plan: DraftPlan, world_size: int, *, gpu: Gpu) -> WorldSizePlan
         world_size=world_size,
         state=_state(plan),
         teacher=plan.teacher,
+        links=links,
     )
 
 

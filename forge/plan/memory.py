@@ -99,6 +99,7 @@ def estimate_memory(
     num_copies: int = 1,
     teacher: TeacherInfo | None = None,
     holds_reference: bool = False,
+    hpz_partition_size: int = 1,
 ) -> MemoryEstimate:
     """Estimate the memory of one worker at one world size.
 
@@ -109,6 +110,7 @@ def estimate_memory(
         num_copies: copies of one rank's state in host memory; see `num_copies_in_memory`.
         teacher: of a distillation.
         holds_reference: every worker holds the model as it was before training, too.
+        hpz_partition_size: workers in a group of hpZ; 1: no groups.
     """
     stage = training.zero.stage
     half = training.precision == "bf16"
@@ -118,7 +120,7 @@ def estimate_memory(
     # A separate master copy exists unless fp32 weights are updated in place (ZeRO 0).
     master = 4 if half or stage > 0 else 0
     shards = world_size if stage >= 1 else 1
-    weights = _weights_bytes(model, training, world_size=world_size)
+    weights = _weights_bytes(model, training, world_size=world_size, hpz_partition_size=hpz_partition_size)
     gradients = width * trainable // (world_size if stage >= 2 else 1)
     optimizer = (master * trainable + state.sharded_bytes) // shards + state.replicated_bytes
     ema = 4 * trainable // shards if training.ema else 0
@@ -156,12 +158,16 @@ def estimate_memory(
     )
 
 
-def _weights_bytes(model: ModelInfo, training: TrainingSpec, *, world_size: int) -> int:
-    """Of the weights; under ZeRO 3 the shard, and the largest module while it is gathered for a pass."""
+def _weights_bytes(model: ModelInfo, training: TrainingSpec, *, world_size: int, hpz_partition_size: int) -> int:
+    """Of the weights; under ZeRO 3 the shard, and the largest module while it is gathered for a pass.
+
+    hpZ adds the share of the group's second copy, in the precision of the weights: 2Ψ ÷ group bytes in bf16.
+    """
     width, quantised = WEIGHT_BYTES[training.precision], model.num_quantised_parameters
     weights = width * (model.num_parameters - quantised) + round(NF4_BYTES * quantised)
     if training.zero.stage == 3:
-        weights = weights // world_size + width * model.largest_module_parameters
+        second = weights // hpz_partition_size if hpz_partition_size > 1 else 0
+        weights = weights // world_size + second + width * model.largest_module_parameters
     return weights
 
 

@@ -14,7 +14,6 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 from forge.config.errors import invalid_value
@@ -24,9 +23,7 @@ from forge.config.training import MAX_STEPS
 from forge.errors import DataError, PlanError
 from forge.foreign import from_record, parse_object, typed
 from forge.objective.registry import OBJECTIVES
-from forge.plan.batch import BatchPlan, plan_batch
 from forge.plan.data_view import DataView
-from forge.plan.deepspeed_config import deepspeed_config
 from forge.plan.durations import Forecast
 from forge.plan.flops import flops_of_job
 from forge.plan.inputs import (
@@ -38,12 +35,13 @@ from forge.plan.inputs import (
     ModelInfo,
     TeacherInfo,
 )
-from forge.plan.memory import MemoryEstimate, estimate_memory, max_micro_batch_size, num_copies_in_memory
 from forge.plan.mixture import as_read, epoch_sequences
-from forge.plan.parameter_groups import OptimizerState, groups_of, optimizer_state
+from forge.plan.parameter_groups import groups_of, optimizer_state
 from forge.plan.schedule import FormerLength, ScheduleSteps, schedule_steps
 from forge.plan.search import SearchPlan
+from forge.plan.throughput import Interconnect
 from forge.plan.warnings import corpus_warnings
+from forge.plan.world_size import WorldSizePlan, plan_world_size
 from forge.process import one_line
 
 FORMAT_VERSION = 3
@@ -52,18 +50,6 @@ _OPTIONAL = (
     *("former_lengths", "forecast"),
 )
 """Fields of a plan that are left out of its file if they are empty."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WorldSizePlan:
-    """The part of a plan that depends on the number of workers."""
-
-    batch: BatchPlan
-    memory: MemoryEstimate
-    fits: bool | None
-    """Whether the memory estimate fits the worker's memory; None if that is unknown."""
-    deepspeed: dict[str, Any]
-    """DeepSpeed's configuration."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,18 +129,23 @@ def make_draft(
     hardware: HardwareInfo,
     files: CorpusFiles | None = None,
     teacher: TeacherInfo | None = None,
+    links: Interconnect | None = None,
 ) -> DraftPlan:
     """Resolve a job whose corpus is not prepared.
 
     Args:
         files: of the corpus, if they were looked at.
         teacher: of a distillation.
+        links: between the GPUs; by default assumed, as `cluster_links` says.
 
     Raises: PlanError if the job cannot be run: more workers than sequences in a batch, sequences longer than the
         model's positions, examples in one row that the model does not keep apart, or a length in epochs, which only
         the corpus turns into steps.
     """
-    return DraftPlan(**_resolved(job, model=model, hardware=hardware, corpus=None, files=files, teacher=teacher))
+    resolved = _resolved(
+        job, corpus=None, model=model, hardware=hardware, files=files, teacher=teacher, links=links
+    )
+    return DraftPlan(**resolved)
 
 
 def make_plan(
@@ -165,17 +156,21 @@ def make_plan(
     hardware: HardwareInfo,
     files: CorpusFiles | None = None,
     teacher: TeacherInfo | None = None,
+    links: Interconnect | None = None,
 ) -> Plan:
     """Resolve a job.
 
     Args:
         files: of the corpus, if they were looked at.
         teacher: of a distillation.
+        links: between the GPUs; by default assumed, as `cluster_links` says.
 
     Raises: PlanError as `make_draft`, or if the model's vocabulary is smaller than the tokenizer's; DataError if
         the objective predicts tokens and the corpus has a target that is none.
     """
-    resolved = _resolved(job, model=model, hardware=hardware, corpus=corpus, files=files, teacher=teacher)
+    resolved = _resolved(
+        job, corpus=corpus, model=model, hardware=hardware, files=files, teacher=teacher, links=links
+    )
     return Plan(**resolved, corpus=corpus)
 
 
@@ -254,11 +249,13 @@ def _resolved(
     corpus: CorpusInfo | None,
     files: CorpusFiles | None,
     teacher: TeacherInfo | None,
+    links: Interconnect | None,
 ) -> dict[str, Any]:
     """Return the fields that a draft and a plan share."""
     _check_model(job, model, corpus)
     _check_targets(job, corpus)
     _check_class_weights(job, corpus)
+    _check_quantized(job, hardware)
     if (packing := packing_problem(job, model)) is not None:
         raise PlanError(f"data.packing: {packing}")
     read = None if corpus is None else as_read(job.data, corpus)
@@ -277,7 +274,13 @@ def _resolved(
         "teacher": teacher,
         "worlds": tuple(
             plan_world_size(
-                job, model=model, hardware=hardware, world_size=world_size, state=state, teacher=teacher
+                job,
+                model=model,
+                hardware=hardware,
+                world_size=world_size,
+                state=state,
+                teacher=teacher,
+                links=links,
             )
             for world_size in job.resources.workers
         ),
@@ -290,34 +293,6 @@ def _tokens_per_step(job: JobSpec, corpus: CorpusInfo | None) -> int:
     if corpus is None or job.data.packing == "concatenate":
         return size * job.data.seq_len
     return max(1, round(size * corpus.num_train_tokens / corpus.num_train_sequences))
-
-
-def plan_world_size(
-    job: JobSpec,
-    *,
-    model: ModelInfo,
-    hardware: HardwareInfo,
-    world_size: int,
-    state: OptimizerState,
-    teacher: TeacherInfo | None,
-) -> WorldSizePlan:
-    estimate = partial(
-        estimate_memory,
-        model,
-        job.training,
-        world_size=world_size,
-        seq_len=job.data.seq_len,
-        is_on_host=hardware.device == "cpu",
-        state=state,
-        num_copies=num_copies_in_memory(engine=job.resources.engine, world_size=world_size),
-        teacher=teacher,
-        holds_reference=job.holds_reference,
-    )
-    micro = max_micro_batch_size(job.training, estimate=estimate, memory_bytes=hardware.memory_bytes)
-    batch = plan_batch(job.training.global_batch_size, world_size=world_size, max_micro_batch_size=micro)
-    need = estimate(micro_batch_size=batch.micro_batch_size)
-    fits = None if hardware.memory_bytes is None else need.fits(hardware.memory_bytes)
-    return WorldSizePlan(batch=batch, memory=need, fits=fits, deepspeed=deepspeed_config(job.training, batch))
 
 
 def _check_model(job: JobSpec, model: ModelInfo, corpus: CorpusInfo | None) -> None:
@@ -360,6 +335,14 @@ def _check_class_weights(job: JobSpec, corpus: CorpusInfo | None) -> None:
     if labels is not None and not isinstance(given, str) and len(given) != len(labels.names):
         problem = f"has {len(given)} weights, but the data have {len(labels.names)} labels"
         raise PlanError(problem, job_key="training.classification.class_weights")
+
+
+def _check_quantized(job: JobSpec, hardware: HardwareInfo) -> None:
+    """Raises: PlanError if weights or gradients are to be quantised on a CPU."""
+    for key in ("quantized_weights", "quantized_gradients"):
+        if getattr(job.training.zero, key) and hardware.device == "cpu":
+            problem = "needs GPUs: DeepSpeed quantises what it sends with CUDA kernels, and the device is the CPU"
+            raise PlanError(f"{problem}; leave it out", job_key=f"training.zero.{key}")
 
 
 def _total_steps(job: JobSpec, corpus: CorpusInfo | None, *, tokens_per_step: int) -> int:

@@ -14,6 +14,8 @@ from forge.plan.throughput import StepWork
 
 _BIDIRECTIONAL = frozenset({"masked-lm", "contrastive"})
 """Objectives of encoders, in whose attention every position sees all others."""
+_QWZ_BYTES, _QGZ_BYTES = 1.0, 0.5
+"""Of a weight gathered in 8 bits and of a gradient reduced in 4, scales left out (ZeRO++, arXiv 2306.10209)."""
 
 
 def step_work_of_job(
@@ -25,12 +27,14 @@ def step_work_of_job(
     gpu: Gpu,
     corpus: CorpusInfo | None = None,
     teacher: TeacherInfo | None = None,
+    hpz_partition_size: int = 1,
 ) -> StepWork:
     """Return the work of a step of a job at one world size.
 
     Args:
         state: of the optimizer; see `optimizer_state`.
         teacher: of a distillation.
+        hpz_partition_size: workers in a group of hpZ; 1: no groups.
     """
     beside = 0.0
     share = head_share(job, model, corpus)
@@ -48,6 +52,7 @@ def step_work_of_job(
         share_of_head=share,
         shares=sequence_shares(job, corpus),
         forward_flops_beside=beside,
+        hpz_partition_size=hpz_partition_size,
     )
 
 
@@ -62,6 +67,7 @@ def step_work(
     share_of_head: float = 1.0,
     shares: SequenceShares | None = None,
     forward_flops_beside: float = 0.0,
+    hpz_partition_size: int = 1,
 ) -> StepWork:
     """Return the work of a step of a model at one world size.
 
@@ -69,6 +75,7 @@ def step_work(
         share_of_head: share of the positions at which the output head is computed.
         shares: of an encoder-decoder.
         forward_flops_beside: per token, of models that are asked beside.
+        hpz_partition_size: workers in a group of hpZ; 1: no groups.
     """
     width = WEIGHT_BYTES[training.precision]
     total = flops_per_token(model, seq_len=seq_len, shares=shares, share_of_head=share_of_head)
@@ -88,12 +95,13 @@ def step_work(
         hidden_size=model.hidden_size,
         activation_bytes=model.num_layers * (10 * model.hidden_size + 3 * model.intermediate_size) * width,
         logit_bytes=share_of_head * outputs * (2 * width + 8),
-        weight_bytes=width * model.num_parameters,
-        gradient_bytes=width * trained,
+        weight_bytes=(_QWZ_BYTES if training.zero.quantized_weights else width) * model.num_parameters,
+        gradient_bytes=(_QGZ_BYTES if training.zero.quantized_gradients else width) * trained,
         # AdamW reads and writes its state and the master weights, and reads the gradients.
         state_bytes=(2 * (state.total_bytes + 4 * trained) + width * trained) / shards,
         stage=training.zero.stage,
         world_size=batch.world_size,
         peak_flops=gpu.bf16_flops if training.precision == "bf16" else gpu.fp32_flops,
         num_layers=model.num_layers,
+        hpz_partition_size=hpz_partition_size,
     )

@@ -100,6 +100,8 @@ class StepWork:
     peak_flops: float
     """Of the GPU in the job's precision, FLOP/s."""
     num_layers: int = 0
+    hpz_partition_size: int = 1
+    """Workers in a group of hpZ; 1: no groups."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,7 +142,9 @@ def estimate_step(
     memory_s = work.tokens * traffic / gpu.memory_bytes_per_s
     launch_s = LAUNCH_S_PER_LAYER * work.num_layers
     computed_s = work.num_micro_batches * max(matmul_s + attention_s + memory_s, launch_s)
-    communication_s = _bytes_moved(work) / _bandwidth(gpu, interconnect, work.world_size, constants)
+    moved = bytes_moved(work)
+    communication_s = moved.of_all / _bandwidth(gpu, interconnect, work.world_size, constants)
+    communication_s += moved.in_groups / _bandwidth(gpu, interconnect, work.hpz_partition_size, constants)
     optimizer_s = work.state_bytes / gpu.memory_bytes_per_s
     hidden = (1 - constants.exposed) * min(computed_s, communication_s)
     return StepTime(
@@ -160,27 +164,45 @@ def _matmul_share(work: StepWork, *, speed: float, constants: Efficiency) -> flo
     return constants.matmul / slowdown
 
 
-def _bytes_moved(work: StepWork) -> float:
-    """Bytes that each rank sends in a step.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BytesMoved:
+    """Bytes that each rank sends in the collective operations of a step."""
+
+    of_all: float
+    """In those of all ranks."""
+    in_groups: float
+    """In those of a group of hpZ."""
+
+
+def bytes_moved(work: StepWork) -> BytesMoved:
+    """Return the bytes that each rank sends in a step.
 
     Stage 3 gathers the weights for the forward and the backward pass of each micro-batch and reduces its
     gradients; stage 2 reduces the gradients of each micro-batch; stages 0 and 1 reduce once in a step. Stages 1 and
-    2 gather the updated weights once; stage 0 sends the sums of the gradients back instead.
+    2 gather the updated weights once; stage 0 sends the sums of the gradients back instead. With hpZ the first
+    forward pass of a step alone gathers from all ranks; the other 2μ - 1 passes of μ micro-batches gather within
+    the group.
 
-    Source: ZeRO, arXiv 1910.02054, section 7.
+    Source: ZeRO, arXiv 1910.02054, section 7; hpZ: ZeRO++, arXiv 2306.10209, section 3.2.
     """
-    micro_batches = work.num_micro_batches
+    micro_batches, group = work.num_micro_batches, work.hpz_partition_size
+    share = (work.world_size - 1) / work.world_size
+    if work.stage == 3 and group > 1:
+        return BytesMoved(
+            of_all=share * (micro_batches * work.gradient_bytes + work.weight_bytes),
+            in_groups=(group - 1) / group * (2 * micro_batches - 1) * work.weight_bytes,
+        )
     moved = {
         0: 2 * work.gradient_bytes,
         1: work.gradient_bytes + work.weight_bytes,
         2: micro_batches * work.gradient_bytes + work.weight_bytes,
         3: micro_batches * (work.gradient_bytes + 2 * work.weight_bytes),
     }[work.stage]
-    return moved * (work.world_size - 1) / work.world_size
+    return BytesMoved(of_all=share * moved, in_groups=0.0)
 
 
 def _bandwidth(gpu: Gpu, interconnect: Interconnect, world_size: int, constants: Efficiency) -> float:
-    """Bytes per second of a ring of all ranks."""
+    """Bytes per second of a ring of so many consecutive ranks."""
     within = gpu.link_bytes_per_s * constants.intra_node
     if world_size <= interconnect.gpus_per_node:
         return within

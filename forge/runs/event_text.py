@@ -98,7 +98,12 @@ class EventDescriber:
 def describe_start(event: Mapping[str, Any]) -> str:
     """`starting generation 3 with 2 workers from step 41 (memory)`."""
     text = f"starting generation {event['generation']} with {workers(event['world_size'])}"
-    return f"{text} from step {event['from_step']} ({event['source']})" if event["from_step"] else text
+    text += f" from step {event['from_step']} ({event['source']})" if event["from_step"] else ""
+    if event.get("num_spare"):
+        text += f"; {workers(event['num_spare'])} spare: whole groups are faster"
+    if split := event.get("num_split_groups"):
+        text += f"; {split} group{'' if split == 1 else 's'} of hpZ on several nodes, which gathers more slowly"
+    return text
 
 
 def _gib(size: float | None) -> str:

@@ -242,7 +242,13 @@ def _resolve(
     with _with_lines(trained):
         found = find_hardware(trained.job)
         plan = make_plan(
-            trained.job, model=model, corpus=corpus, hardware=found, files=inputs.files, teacher=teacher
+            trained.job,
+            model=model,
+            corpus=corpus,
+            hardware=found,
+            files=inputs.files,
+            teacher=teacher,
+            links=links.interconnect if links is not None else None,
         )
     _require_held_out(plan, inputs.loaded)
     ask = partial(with_outputs, only_if_computed=is_draft, on_progress=inputs.on_progress)

@@ -60,7 +60,14 @@ class SupervisedRun:
         workers = self.plan.job.resources.workers
         history = Path(config.run_folder) / "events.jsonl"
         self.supervisor = Supervisor(
-            MembershipState(min_workers=workers.low, max_workers=workers.high),
+            MembershipState(
+                min_workers=workers.low,
+                max_workers=workers.high,
+                num_spare={w.batch.world_size: w.num_spare for w in self.plan.worlds if w.num_spare},
+                group_sizes={
+                    w.batch.world_size: w.hpz_partition_size for w in self.plan.worlds if w.hpz_partition_size > 1
+                },
+            ),
             placement=placement,
             record_event=record_event,
             checkpoints=self._checkpoints,

@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
@@ -22,16 +21,14 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from torch import nn
-from transformers.integrations.deepspeed import prevent_arange_dtype_change
 
 from forge.checkpoint.manifest import BaseWeights
 from forge.config.model import ModelSpec
 from forge.config.training import TrainingSpec
 from forge.data.loader import MicroBatch
 from forge.errors import ModelError, RunError
-from forge.model.adapters import modules_reading_weights
 from forge.model.dropout import SampleDropout, model_has_dropout
-from forge.model.families.base import BuildOptions, DataShape, Sharding
+from forge.model.families.base import BuildOptions, DataShape
 from forge.model.families.registry import family_of
 from forge.model.pretrained import some
 from forge.objective.base import (
@@ -50,6 +47,7 @@ from forge.train.metrics import peak_memory_gib
 from forge.train.optimizer import build_optimizer
 from forge.train.row_seeds import row_seeds
 from forge.train.state import TrainState
+from forge.train.zero3 import gather_whole_modules, sharding_of
 
 
 @runtime_checkable
@@ -336,7 +334,7 @@ def build_engine(
             device=device,
             seed=training.seed,
             skip_init=skip_init,
-            sharding=_sharding(deepspeed_config) if training.zero.stage == 3 else None,
+            sharding=sharding_of(deepspeed_config) if training.zero.stage == 3 else None,
         ),
     )
     if training.activation_checkpointing:
@@ -344,7 +342,7 @@ def build_engine(
             raise ModelError("has no gradient_checkpointing_enable() for activation_checkpointing", key="class")
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
     if training.zero.stage == 3:
-        _gather_whole_modules(model)
+        gather_whole_modules(model)
     module = ObjectiveModule(model, objective=objective)
     optimizer = build_optimizer(module, training.optimizer, device=device)
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=deepspeed_config)
@@ -369,32 +367,3 @@ def build_engine(
         first = initial_weights(weights, model, built.state.shape, seed=training.seed, adapters_from=source)
         built.state.load_weights(first)
     return built
-
-
-def _gather_whole_modules(model: nn.Module) -> None:
-    """Have ZeRO 3 gather the weights of modules that read them otherwise than through their own layers."""
-    whole = modules_reading_weights(model)
-    for module in whole:
-        deepspeed.utils.set_z3_leaf_module(module, True)
-    if whole:  # DeepSpeed frees their weights before their backward pass if their inputs need no gradient
-        model.enable_input_require_grads()  # type: ignore[operator]
-
-
-def _sharding(deepspeed_config: dict[str, Any]) -> Sharding:
-    return Sharding(
-        construct=partial(_partition_when_built, deepspeed_config),
-        gather=_gather,
-        partition=lambda module: deepspeed.zero.Init(module=module, config_dict_or_path=deepspeed_config) and None,
-    )
-
-
-@contextmanager
-def _partition_when_built(deepspeed_config: dict[str, Any]) -> Iterator[None]:
-    """Partition modules as they are built; rotary frequencies are still computed in fp32."""
-    with prevent_arange_dtype_change(), deepspeed.zero.Init(config_dict_or_path=deepspeed_config):
-        yield
-
-
-def _gather(parameters: list[nn.Parameter]) -> Any:
-    """Gather whole parameters; changes by rank 0 are broadcast on exit."""
-    return deepspeed.zero.GatheredParameters(parameters, modifier_rank=0)

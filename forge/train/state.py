@@ -12,6 +12,7 @@ therefore checks the sizes and types it found, and its error names the release i
     ZeRO 1, 2    one flat fp32 vector per parameter group and rank; `_hp_mapping` locates a parameter in it
     ZeRO 3       one flat fp32 vector per sub-group and rank; `grad_position` locates a parameter in it;
                  a frozen parameter's share is its `ds_tensor`
+    hpZ          as ZeRO 3; `ds_secondary_tensor`, the rank's share of its group's copy of the weights, is no state
     offload      the same vectors, in host memory
 """
 
@@ -31,6 +32,7 @@ from forge.train.flat_layout import layouts_of
 from forge.train.model_shape import DTYPE_NAMES, named_buffers, named_parameters, shape_of
 from forge.train.optimizer import STATE_KINDS, replicated_state, reset_state, set_step
 from forge.train.shard import Shard
+from forge.train.zero3 import drop_second_copies
 
 _KNOWN_RELEASE = "0.19.8"
 # Size of a read into host memory where the state is not on the host.
@@ -240,6 +242,8 @@ class TrainState:
                 for parameter in persistent:
                     parameter.partition()
                 persistent[0].all_gather(persistent)
+            # Those of hpZ, which `partition` makes from the former values.
+            drop_second_copies(self._engine.module.parameters())
         elif stage > 0:
             optimizer.update_lp_params()
         elif hasattr(optimizer, "fp32_groups"):

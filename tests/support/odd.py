@@ -24,11 +24,20 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "zero 3": {"stage": 3},
     "zero 3 persistent": {"stage": 3},
     "zero 3 offload": {"stage": 3, "offload": "cpu"},
+    "zero 3 hpz": {"stage": 3},
 }
-"""Values of `training.zero`; with `persistent`, small parameters are not divided."""
+"""Values of `training.zero`; with `persistent`, small parameters are not divided; with `hpz`, in the largest groups
+that are smaller than the world size, or in one of all ranks."""
 
-MATRIX = [name for name in VARIANTS if name not in ("zero 3 persistent", "zero 3 offload")]
+MATRIX = [name for name in VARIANTS if name not in ("zero 3 persistent", "zero 3 offload", "zero 3 hpz")]
 """Variants tested at every world size; the others hold the same vectors in other places."""
+
+
+def group_of_hpz(variant: str, *, world_size: int) -> int:
+    """The largest proper divisor of a number of ranks, or that number if it is prime; 1 in other variants."""
+    if not variant.endswith("hpz"):
+        return 1
+    return max((size for size in range(2, world_size) if world_size % size == 0), default=world_size)
 
 
 class OddModel(nn.Module):
@@ -61,14 +70,16 @@ def odd_state(variant: str, *, world_size: int, precision: str = "bf16") -> Trai
     import deepspeed
 
     from forge.train.optimizer import build_optimizer
+    from forge.train.zero3 import sharding_of
 
     training = tiny_job(training__zero=VARIANTS[variant], training__precision=precision).training
     batch = plan_batch(world_size, world_size=world_size, max_micro_batch_size=1)
-    config = deepspeed_config(training, batch)
-    if variant == "zero 3":
+    group = group_of_hpz(variant, world_size=world_size)
+    config = deepspeed_config(training, batch, hpz_partition_size=group)
+    if variant in ("zero 3", "zero 3 hpz"):
         config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     divided = training.zero.stage == 3
-    with deepspeed.zero.Init(config_dict_or_path=config) if divided else contextlib.nullcontext():
+    with sharding_of(config).construct() if divided else contextlib.nullcontext():
         model = OddModel()
     model.finish()
     optimizer = build_optimizer(model, training.optimizer, device=torch.device("cpu"))

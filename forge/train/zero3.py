@@ -1,0 +1,79 @@
+"""Dividing a model among ranks under ZeRO 3, and DeepSpeed's groups of hpZ.
+
+In a group of hpZ the ranks share a second copy of the weights. DeepSpeed keeps the group of a process in a module
+variable, creates it whenever it divides a model, and fails if it exists; forge divides a model in several calls,
+and tests build several engines in a process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import deepspeed
+from deepspeed.utils import groups
+from torch import nn
+from transformers.integrations.deepspeed import prevent_arange_dtype_change
+
+from forge.model.adapters import modules_reading_weights
+from forge.model.families.base import Sharding
+
+
+def sharding_of(deepspeed_config: Mapping[str, Any]) -> Sharding:
+    """Return how a model is divided as soon as it is built; collective."""
+    init = partial(
+        deepspeed.zero.Init,
+        config_dict_or_path=deepspeed_config,
+        zero_param_parallel_group=use_hpz_group(deepspeed_config),
+    )
+    return Sharding(
+        construct=partial(_partition_when_built, init),
+        gather=_gather,
+        partition=lambda module: init(module=module) and None,
+    )
+
+
+def use_hpz_group(deepspeed_config: Mapping[str, Any]) -> Any:
+    """Create this rank's group for the engine that is built next; collective.
+
+    Args:
+        deepspeed_config: DeepSpeed's configuration; the group has `zero_hpz_partition_size` consecutive ranks.
+
+    Returns: the group of torch.distributed; None without hpZ.
+    """
+    size = deepspeed_config["zero_optimization"].get("zero_hpz_partition_size", 1)
+    groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
+    if size > 1:
+        groups._create_zero_param_parallel_group(size)
+    return groups._get_zero_param_intra_parallel_group()
+
+
+def drop_second_copies(parameters: Iterable[nn.Parameter]) -> None:
+    """Drop this rank's shares of second copies, since the weights have changed; the next forward pass makes them
+    again."""
+    for parameter in parameters:
+        if getattr(parameter, "ds_secondary_tensor", None) is not None:
+            parameter.ds_secondary_tensor = None  # type: ignore[attr-defined]
+
+
+def gather_whole_modules(model: nn.Module) -> None:
+    """Have ZeRO 3 gather the weights of modules that read them otherwise than through their own layers."""
+    whole = modules_reading_weights(model)
+    for module in whole:
+        deepspeed.utils.set_z3_leaf_module(module, True)
+    if whole:  # DeepSpeed frees their weights before their backward pass if their inputs need no gradient
+        model.enable_input_require_grads()  # type: ignore[operator]
+
+
+@contextmanager
+def _partition_when_built(init: Callable[[], Any]) -> Iterator[None]:
+    """Partition modules as they are built; rotary frequencies are still computed in fp32."""
+    with prevent_arange_dtype_change(), init():
+        yield
+
+
+def _gather(parameters: list[nn.Parameter]) -> Any:
+    """Gather whole parameters; changes by rank 0 are broadcast on exit."""
+    return deepspeed.zero.GatheredParameters(parameters, modifier_rank=0)
