@@ -22,6 +22,7 @@ from forge.config.overrides import check_kind
 from forge.data.prepare import PrepareProgress
 from forge.data.view import Selection
 from forge.errors import ArgumentError, JobFileError
+from forge.evaluate.stored_examples import with_task_examples
 from forge.plan.bill import Bill, BillScope, is_priced, make_bill
 from forge.plan.cluster_links import cluster_links
 from forge.plan.data_view import DataView
@@ -298,6 +299,7 @@ def start(
         plan = with_cost(plan, spec, usd_per_hour=target.cluster.price())
     if resume is not None:
         plan = resumed_plan(resume, plan)
+    plan = with_task_examples(plan, before=read_plan(resume) if resume is not None else None, run_folder=resume)
     if on_plan is not None:
         on_plan(plan, target)
     if resume is None:

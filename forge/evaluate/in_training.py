@@ -1,7 +1,7 @@
 """Score the tasks of a job between two steps, on the ranks that train.
 
 Every rank copies the whole weights into a model of its own, so that training sees nothing of it: the engine, its
-hooks, its random numbers and its attention stay as they are. Rank 0 reads the examples once and sends them; each
+hooks, its random numbers and its attention stay as they are. Rank 0 reads the run's examples and sends them; each
 rank answers its part of the shards of `forge eval`, and rank 0 computes the values. A rank that is lost ends the
 generation, as in any collective operation, and the next one repeats the step and its scores: no value is reported
 twice. The answers are those that `forge eval` would get from the checkpoint of the step.
@@ -13,7 +13,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,12 +23,11 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from forge.config.evaluate import METRIC_PREFIX
 from forge.config.load import load_task_text
-from forge.data.cache_index import read_index
-from forge.data.held_out import held_out_records
-from forge.errors import ForgeError
+from forge.errors import DataError, ForgeError
 from forge.evaluate.bootstrap import point_values
 from forge.evaluate.metrics.build import build_metrics
 from forge.evaluate.shards import TaskShards
+from forge.evaluate.stored_examples import stored_examples
 from forge.evaluate.task import TaskExamples, build_task
 from forge.evaluate.worker import ShardAnswerer
 from forge.inference.loaded import LoadedModel, loaded_of_plan
@@ -75,14 +73,9 @@ class TrainingTasks:
         return self._on_rank_0(lambda: self._values(answers))
 
     def _read(self) -> list[TaskExamples]:
-        return [self._examples(path, text) for path, text in self._plan.tasks.items()]
-
-    def _examples(self, path: str, text: str) -> TaskExamples:
-        task, limit = build_task(load_task_text(text, path=path)), self._spec.limit
-        if limit is not None:
-            task = replace(task, spec=task.spec.model_copy(update={"limit": min(limit, task.spec.limit or limit)}))
-        folder = Path(self._plan.corpus.folder)
-        return task.examples(held_out=lambda: held_out_records(self._plan.job.data, index=read_index(folder)))
+        if self._plan.task_examples is None:
+            raise DataError("the plan has tasks but not their examples: it was not made by forge train or tune")
+        return list(stored_examples(self._plan.task_examples))
 
     def _loaded(self, weights: Iterator[tuple[str, Tensor]], *, step: int) -> LoadedModel:
         """Build the model and copy the weights into it; collective."""

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ from forge.errors import ArgumentError, DataError
 from forge.evaluate.contamination import count_in_corpus, overlaps, task_ngrams, training_texts
 from forge.evaluate.results import answers_path, count_read, score_task, task_digest, write_answers
 from forge.evaluate.shards import TaskShards
-from forge.evaluate.task import Task, build_task
+from forge.evaluate.stored_examples import stored_examples
+from forge.evaluate.task import Task, TaskExamples, build_task
 from forge.fs import default_cache_dir
 from forge.inference.identity import ModelIdentity, identify
 from forge.remote.models import PlacedModel, place_model
@@ -63,6 +65,8 @@ class EvaluationRequest:
     """Whether the run's training data are searched for the examples; None: unless they have many tokens."""
     cluster: str | None = None
     """Name or file of a cluster of other machines, on which the shards are answered."""
+    examples: str | None = None
+    """Digest of the examples that the run has stored; None: they are read from the data of the tasks."""
     folder: str | None = None
     """Where the scores are written; None: the folder of the run, or of the cache for a folder of weights."""
 
@@ -78,7 +82,10 @@ def evaluate(request: EvaluationRequest, process: ShardProcess) -> dict[str, Any
     model = _identify(request, there)
     for task in tasks:
         _require_kind(task, model)
-    found = [_read(task, source, limit=request.limit) for task in tasks]
+    stored = stored_examples(request.examples, run_folder=source) if request.examples is not None else repeat(None)
+    found = [
+        _read(task, source, limit=request.limit, stored=data) for task, data in zip(tasks, stored, strict=False)
+    ]
     for shards in found:
         process.message(f"task {shards.task.spec.name}: {count_read(shards.data)}")
     files = _files(request, model)
@@ -121,10 +128,12 @@ def _require_kind(task: Task, model: ModelIdentity) -> None:
         raise ArgumentError(f"task {task.spec.name} cannot be done by {model.name}: {problem}")
 
 
-def _read(task: Task, source: Path, *, limit: int | None) -> TaskShards:
+def _read(task: Task, source: Path, *, limit: int | None, stored: TaskExamples | None) -> TaskShards:
     if limit is not None:
         spec = task.spec.model_copy(update={"limit": min(limit, task.spec.limit or limit)})
         task = replace(task, spec=spec)
+    if stored is not None:
+        return TaskShards(task=task, data=stored)
     held_out = partial(_held_out, source) if (source / "plan.json").is_file() else None
     try:
         return TaskShards(task=task, data=task.examples(held_out=held_out))

@@ -47,7 +47,7 @@ from forge.process import one_line
 FORMAT_VERSION = 3
 _OPTIONAL = (
     *("code", "search", "pause_at", "files", "view", "warnings", "templates", "init", "teacher"),
-    *("former_lengths", "forecast"),
+    *("former_lengths", "forecast", "task_examples"),
 )
 """Fields of a plan that are left out of its file if they are empty."""
 
@@ -86,6 +86,8 @@ class DraftPlan:
     """Of a distillation."""
     tasks: Mapping[str, str] = field(default_factory=dict)
     """Texts of the task files of `evaluate`, by their paths."""
+    task_examples: str | None = None
+    """Digest of the examples of the tasks (`forge.runs.task_examples`); None until a run is started."""
     former_lengths: tuple[FormerLength, ...] = ()
     """Of a run that was resumed with another length, the oldest first (`forge.plan.lengths`)."""
     forecast: Forecast | None = None

@@ -45,6 +45,7 @@ from forge.runs.reader import count_records, driver_pid
 from forge.runs.records import EVENTS, METRICS
 from forge.runs.remote_ref import RemoteRef, write_remote_ref
 from forge.runs.secrets import credentials, variables_for, without_keys
+from forge.runs.task_examples import TASK_EXAMPLES
 from forge.runtime.driver_process import LocalRun, RunHandle
 from forge.runtime.probe import count_slots, hardware
 from forge.runtime.resolve import resolve
@@ -52,7 +53,7 @@ from forge.runtime.resolve import resolve
 _SEND_TIMEOUT_S = 24 * 3600.0
 _START_TIMEOUT_S = 90.0
 _POLL_S = 0.05
-_SMALL_FILES: tuple[str, ...] = ("job.yaml", "plan.json", ARCHIVE, EVENTS, METRICS)
+_SMALL_FILES: tuple[str, ...] = ("job.yaml", "plan.json", ARCHIVE, TASK_EXAMPLES, EVENTS, METRICS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

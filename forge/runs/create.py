@@ -1,6 +1,7 @@
 """Create and reopen run folders before any process is started.
 
-A run folder begins with `job.yaml`, `plan.json`, the tokenizer and the code archive of the job.
+A run folder begins with `job.yaml`, `plan.json`, the tokenizer, the code archive of the job and the examples of its
+tasks.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from forge.checkpoint.storage import open_storage
 from forge.code_archive import ARCHIVE, changed_files, code_folder, pack_code, read_run_code
 from forge.config.dump import dump_job
 from forge.config.job import JobSpec
-from forge.errors import ArgumentError, PlanError
+from forge.errors import ArgumentError, DataError, PlanError
 from forge.foreign import open_file, require_plain_tree
 from forge.fs import write_atomic
 from forge.plan.curve import config_digest, curve_differences, with_length_of
@@ -24,6 +25,7 @@ from forge.plan.lengths import PlanT, continue_plan, is_same_length
 from forge.plan.plan import Plan, plan_to_json
 from forge.plan.search import changed_keys
 from forge.runs.reader import read_plan, read_run
+from forge.runs.task_examples import TASK_EXAMPLES, examples_content
 from forge.runs.trackers.mlflow_tracker import database_problem
 
 _PROBE_PATIENCE_S = 5.0
@@ -46,6 +48,7 @@ def create_run(plan: Plan, *, root: str | None = None) -> Path:
     folder = Path(root or plan.job.checkpoint.runs) / run_id
     _require_writable(plan.job.checkpoint.url_of(str(folder)))
     fill_run_folder(folder, plan)
+    _keep_task_examples(folder, plan)
     return folder
 
 
@@ -120,7 +123,19 @@ def reopen_run(folder: Path, plan: Plan) -> None:
     if plan.search is None and not is_same_length(before.job, plan.job):  # the next resume reads it
         job = with_length_of(before.job, plan.job)
         write_atomic(folder / "job.yaml", dump_job(job, templates=before.templates))
+    _keep_task_examples(folder, plan)
     write_atomic(folder / "plan.json", plan_to_json(plan, is_file=True))
+
+
+def _keep_task_examples(folder: Path, plan: Plan) -> None:
+    """Copy the examples of the tasks from the cache. Raises: DataError if they cannot be read or written."""
+    if plan.task_examples is None:
+        return
+    content = examples_content(plan.task_examples, run_folder=folder)
+    try:
+        write_atomic(folder / TASK_EXAMPLES, content, mode=0o600)
+    except OSError as error:
+        raise DataError(f"cannot write {folder / TASK_EXAMPLES}: {error.strerror}") from error
 
 
 def require_plain_folder(folder: Path) -> None:

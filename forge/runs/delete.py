@@ -17,10 +17,11 @@ from forge.runs.reader import LOCK, driver_pid, read_run, search_folder
 from forge.runs.records import EVENTS, METRICS
 from forge.runs.remote_ref import REMOTE
 from forge.runs.scores import SCORES
+from forge.runs.task_examples import TASK_EXAMPLES
 from forge.runs.trials import TRIALS
 
 _NAMES = {
-    *("job.yaml", "plan.json", EVENTS, METRICS, ARCHIVE, REMOTE, ANNOTATIONS, LOCK),
+    *("job.yaml", "plan.json", EVENTS, METRICS, ARCHIVE, TASK_EXAMPLES, REMOTE, ANNOTATIONS, LOCK),
     *(
         "logs",
         "tokenizer",

@@ -1,5 +1,5 @@
 """The corpus server: an actor on the head node from which the other nodes of a run download the prepared corpus and
-the packed code of the job.
+the packed code of the job, and the examples of its tasks.
 
 The first agent that lacks one of them starts the server; it ends with the run. Downloaded files stay in the node's
 cache, where the next run finds them.
@@ -18,6 +18,7 @@ from forge.code_archive import has_code, read_archive, read_run_code, unpack_cod
 from forge.data.transfer import fetch_corpus, has_corpus, read_chunk
 from forge.fs import default_cache_dir
 from forge.plan.plan import Plan, plan_from_json, plan_to_json
+from forge.runs.task_examples import cache_examples, examples_content, has_examples
 from forge.runtime.actor_names import CORPUS_SERVER, HEAD, NAMESPACE
 
 
@@ -36,6 +37,10 @@ class CorpusServer:
         """The code archive. Raises: UserCodeError if the run folder has none with this digest."""
         return read_run_code(digest, run_folder=self._run_folder).to_tar()
 
+    def read_task_examples(self, digest: str) -> bytes:
+        """The examples of the job's tasks. Raises: DataError if the head has none with this digest."""
+        return examples_content(digest, run_folder=self._run_folder)
+
 
 def ensure_inputs(plan_json: str, *, run_folder: Path) -> str:
     """Download the corpus and the code of a plan unless this node has them.
@@ -51,6 +56,10 @@ def ensure_inputs(plan_json: str, *, run_folder: Path) -> str:
     if plan.code is not None and not has_code(plan.code.digest):
         archive = bytes(ray.get(_server(plan, run_folder=run_folder).read_code.remote(plan.code.digest)))
         unpack_code(read_archive(archive, digest=plan.code.digest))
+    if plan.task_examples is not None and not has_examples(plan.task_examples):
+        cache_examples(
+            bytes(ray.get(_server(plan, run_folder=run_folder).read_task_examples.remote(plan.task_examples)))
+        )
     home, digest = Path(plan.corpus.folder), plan.corpus.digest
     if has_corpus(home, digest=digest):
         return plan_json

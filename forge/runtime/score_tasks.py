@@ -43,6 +43,7 @@ def _scored(plan: Plan, *, folder: Path, step: int, address: str) -> TasksScored
         "dtype": "bf16" if plan.job.training.precision == "bf16" else "fp32",
         "limit": plan.job.evaluate.limit,
         "address": address,
+        "examples": plan.task_examples,
     }
     answer = run_driver("forge.evaluate.run", request=request, what="cannot score the tasks of the job")
     scores = {

@@ -287,7 +287,9 @@ def plan_trial(search: Plan, values: Mapping[str, Any]) -> Plan:
     corpus = _corpus(search, job, usual)
     model = _model(search, job, usual, corpus)
     plan = make_plan(job, model=model, corpus=corpus, hardware=search.hardware, teacher=search.teacher)
-    return replace(plan, code=search.code, templates=search.templates, tasks=search.tasks)
+    return replace(
+        plan, code=search.code, templates=search.templates, tasks=search.tasks, task_examples=search.task_examples
+    )
 
 
 def _corpus(search: Plan, job: JobSpec, usual: JobSpec) -> CorpusInfo:

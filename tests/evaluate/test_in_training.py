@@ -14,6 +14,7 @@ from forge.config.load import load_task_text
 from forge.errors import ForgeError
 from forge.evaluate.results import score_task
 from forge.evaluate.shards import TaskShards
+from forge.evaluate.stored_examples import with_task_examples
 from forge.evaluate.task import build_task
 from forge.evaluate.worker import ShardAnswerer
 from forge.inference.loaded import load
@@ -55,7 +56,8 @@ def plan_of(corpus: CorpusInfo, tasks: dict[str, str], *, stage: int = 1, **chan
     )  # fmt: skip
     spec = EvaluateSpec.model_validate({"tasks": list(tasks), "every": "evaluation"})
     model = replace(plan.model, vocab_size=300, max_seq_len=64)
-    return replace(plan, model=model, job=plan.job.model_copy(update={"evaluate": spec}), tasks=tasks)
+    job = plan.job.model_copy(update={"evaluate": spec})
+    return with_task_examples(replace(plan, model=model, job=job, tasks=tasks))
 
 
 def scores_of(recording: Recording) -> list[dict[str, float]]:

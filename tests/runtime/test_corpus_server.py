@@ -13,6 +13,7 @@ from forge.code_archive import ARCHIVE, PackedCode, code_folder, has_code, pack_
 from forge.errors import UserCodeError
 from forge.plan.inputs import CodeInfo
 from forge.plan.plan import plan_to_json
+from forge.runs.task_examples import TASK_EXAMPLES, digest_of, examples_content
 from forge.runtime.actor_names import NAMESPACE
 from forge.runtime.corpus_server import ensure_inputs
 from tests.support.jobs import synthetic_corpus, tiny_plan
@@ -58,3 +59,14 @@ def test_ensure_inputs__archive_was_replaced__nothing_is_unpacked(tmp_path: Path
         ensure_inputs(plan_json, run_folder=run_folder(tmp_path, "tiny-2", other))
     assert not has_code(CODE.digest)
     assert not (node / "code").exists()
+
+
+def test_ensure_inputs__node_lacks_the_examples_of_tasks__fetches_them(tmp_path: Path, node: Path) -> None:
+    content = b'{"examples": []}\n'
+    folder = tmp_path / "tiny-3"
+    folder.mkdir()
+    (folder / TASK_EXAMPLES).write_bytes(content)
+    plan = replace(tiny_plan(synthetic_corpus(tmp_path / "corpus")), task_examples=digest_of(content))
+    ensure_inputs(plan_to_json(plan), run_folder=folder)
+    assert examples_content(digest_of(content)) == content
+    assert [file.stat().st_mode & 0o077 for file in (node / "tasks").iterdir()] == [0]
