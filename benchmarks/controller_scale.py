@@ -6,7 +6,7 @@ The real supervisor, with simulated agents in this process that answer at once. 
 encoded and decoded here as over a network.
 
     decision      one node is lost: from the end of its connection until the last surviving agent has its start
-                  command, including the stop reports of all others
+                  command, including the reports of all others that they have stopped, and their ranks ended
     heartbeats    as many per second as the supervisor asks for, every tenth with changed replicas, and its own
                   ticks: CPU time per second
 
@@ -34,14 +34,15 @@ from forge.events import GenerationStarted
 from forge.pricing.budget import CostLimits, CostMeter
 from tests.support.placement import FixedPlacement
 
-SIZES = ((4096, 1), (512, 8))
+SIZES = ((10_000, 1), (4096, 1), (512, 8))
 """(number of agents, ranks of each)."""
 TICKS_PER_S = 10
 HEARTBEATS_PER_REPLICAS = 10
 MAX_LISTENING_S = 60.0
 """Upper bound of one measurement, if the supervisor cannot keep up."""
 STEPS_PER_GENERATION = 100
-AIM_DECISION_S = 2.0
+AIM_DECISION_S = 1.0
+AIM_ATTACH_CPU_S = 5.0
 AIM_SHARE = 0.5
 
 
@@ -51,9 +52,11 @@ class Scale:
 
     num_agents: int
     ranks_per_agent: int
-    attach_s: float
-    """Until all agents are attached."""
+    attach_cpu_s: float
+    """CPU time until all agents are attached and have their start commands."""
     decisions_s: tuple[float, ...]
+    decisions_cpu_s: tuple[float, ...]
+    """The same in CPU time."""
     heartbeats_per_s: float
     cpu_share: float
     """Share of one core, for heartbeats and ticks."""
@@ -66,12 +69,13 @@ class Scale:
         return {
             "num_agents": self.num_agents,
             "num_ranks": self.num_agents * self.ranks_per_agent,
-            "attach_s": self.attach_s,
+            "attach_cpu_s": self.attach_cpu_s,
+            "decision_cpu_p50_s": statistics.median(self.decisions_cpu_s),
             "num_changes": len(ordered),
             "decision_p50_s": statistics.median(ordered),
             "decision_p99_s": ordered[min(len(ordered) - 1, int(0.99 * len(ordered)))],
             "decision_max_s": ordered[-1],
-            "heartheartbeats_per_s": self.heartbeats_per_s,
+            "heartbeats_per_s": self.heartbeats_per_s,
             "heartbeat_cpu_share": self.cpu_share,
             "heartbeat_cpu_share_without_replicas": self.quiet_cpu_share,
         }
@@ -90,47 +94,55 @@ def main() -> None:
         header=[
             "agents",
             "ranks",
-            "decision: p50 s",
+            "decision: CPU s",
+            "p50 s",
             "p99 s",
             "max s",
             "heartbeats/s",
             "cores",
             "cores, no replicas",
-            "attach s",
+            "attach CPU s",
         ],
         rows=[
             [
                 f"{of['num_agents']:,}",
                 f"{of['num_ranks']:,}",
-                *(f"{of[f'decision_{which}_s']:.3f}" for which in ("p50", "p99", "max")),
-                f"{of['heartheartbeats_per_s']:,.0f}",
+                *(f"{of[f'decision_{which}_s']:.3f}" for which in ("cpu_p50", "p50", "p99", "max")),
+                f"{of['heartbeats_per_s']:,.0f}",
                 f"{of['heartbeat_cpu_share']:.2f}",
                 f"{of['heartbeat_cpu_share_without_replicas']:.2f}",
-                f"{of['attach_s']:.2f}",
+                f"{of['attach_cpu_s']:.2f}",
             ]
             for of in found
         ],
     )
-    print(f"aims: p99 ≤ {AIM_DECISION_S:g} s, less than {AIM_SHARE:g} of a core")
+    print(f"aims: p99 ≤ {AIM_DECISION_S:g} s, < {AIM_SHARE:g} of a core, attach ≤ {AIM_ATTACH_CPU_S:g} s of CPU")
     write_json(options.json, figures={"controller_scale": found[0] | {"sizes": found}})
 
 
 async def measure(num_agents: int, ranks_per_agent: int, *, options: argparse.Namespace) -> Scale:
     """Measure changes first, then heartbeats of the last generation."""
     cluster = Cluster(num_agents=num_agents, ranks_per_agent=ranks_per_agent)
-    began = time.perf_counter()
+    began = time.process_time()
     for _ in range(num_agents + 1):
         cluster.add()
-    attach_s = time.perf_counter() - began
+    cluster.tick()
+    attach_cpu_s = time.process_time() - began
     cluster.start_generation()
-    decisions_s = tuple(cluster.lose_one() for _ in range(options.repeats))
+    decisions_s, decisions_cpu_s = [], []
+    for _ in range(options.repeats):
+        began = time.process_time()
+        decisions_s.append(cluster.lose_one())
+        decisions_cpu_s.append(time.process_time() - began)
+        cluster.replace_lost()
     seconds = 1 if options.smallest else 5
     quiet = cluster.cpu_share(seconds=seconds, heartbeats_per_replicas=None)
     return Scale(
         num_agents=num_agents,
         ranks_per_agent=ranks_per_agent,
-        attach_s=attach_s,
-        decisions_s=decisions_s,
+        attach_cpu_s=attach_cpu_s,
+        decisions_s=tuple(decisions_s),
+        decisions_cpu_s=tuple(decisions_cpu_s),
         heartbeats_per_s=cluster.heartbeats_per_s,
         cpu_share=cluster.cpu_share(seconds=seconds, heartbeats_per_replicas=HEARTBEATS_PER_REPLICAS),
         quiet_cpu_share=quiet,
@@ -189,8 +201,13 @@ class Agent:
                 self.heartbeat_s = message["heartbeat_s"]
             case "stop":
                 replicas = self.replicas(self.generation * STEPS_PER_GENERATION)
-                answer = {"report": "stopped", "generation": message["generation"], "replicas": replicas}
-                self._report(self, json.dumps(answer))
+                generation = message["generation"]
+                self._report(
+                    self, json.dumps({"report": "stopped", "generation": generation, "replicas": replicas})
+                )
+                ended = {"report": "ended", "generation": generation, "end": "broken", "error": None, "step": 0}
+                for rank in self.ranks:
+                    self._report(self, json.dumps(ended | {"rank": rank, "reason": "it was killed"}))
             case "start":
                 self.generation, self.world_size = message["generation"], message["world_size"]
                 self.ranks = message["ranks"]
@@ -253,7 +270,7 @@ class Cluster:
         assert self._supervisor.state.phase is Phase.TRAINING
 
     def lose_one(self) -> float:
-        """Lose a node, and add another afterwards. Returns: seconds until the last start command."""
+        """Lose a node. Returns: seconds until the last start command."""
         state = self._supervisor.state
         lost = self._agents.pop(state.assignment[state.generation * 97 % len(state.assignment)])
         began = time.perf_counter()
@@ -263,10 +280,17 @@ class Cluster:
             self._supervisor.receive(agent.connection, json.loads(text))
         after = self._supervisor.state
         assert (after.phase, after.generation) == (Phase.STARTING, state.generation + 1)
-        decision_s = max(self._agents[name].started_at for name in after.assignment) - began
+        return max(self._agents[name].started_at for name in after.assignment) - began
+
+    def replace_lost(self) -> None:
+        """Begin to train after a loss, and attach another node."""
         self.start_generation()
         self.add()
-        return decision_s
+        self.tick()
+
+    def tick(self) -> None:
+        """Let the supervisor's timer expire."""
+        self._supervisor.tick()
 
     def cpu_share(self, *, seconds: float, heartbeats_per_replicas: int | None) -> float:
         """CPU seconds per second of handling the heartbeats of all agents."""

@@ -10,11 +10,13 @@ from forge.elastic.background import BackgroundTasks
 from forge.elastic.rpc import Channel, Endpoint, Message
 
 _HEARTBEAT_S = 0.25
-# Heartbeats of all agents together.
-_MAX_HEARTBEATS_PER_S = 10_000
+# Heartbeats of all agents together: a third of a core, their connections included.
+_MAX_HEARTBEATS_PER_S = 5_000
+# The interval is changed when it is wrong by this share, because every change is sent to all agents.
+_MAX_INTERVAL_ERROR = 0.25
 # A node is lost after this silence or, in a large cluster, after this number of heartbeat intervals.
 _MAX_SILENCE_S = 3.0
-_MAX_SILENT_HEARTBEATS = 8
+_MAX_SILENT_HEARTBEATS = 5
 
 
 @dataclass(slots=True, kw_only=True)
@@ -93,7 +95,7 @@ class AgentConnections(Mapping[str, AgentConnection]):
 
     def _adapt_heartbeat(self) -> None:
         heartbeat_s = max(_HEARTBEAT_S, len(self._by_node) / _MAX_HEARTBEATS_PER_S)
-        if abs(heartbeat_s - self._heartbeat_s) > 0.1 * self._heartbeat_s:
+        if abs(heartbeat_s - self._heartbeat_s) > _MAX_INTERVAL_ERROR * self._heartbeat_s:
             self._heartbeat_s = heartbeat_s
             self.broadcast({"command": "set_heartbeat", "heartbeat_s": heartbeat_s})
 

@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from forge.elastic.sharded import ShardedSet
+
 
 class Phase(StrEnum):
     """Phase of a run; `forge.elastic.membership` shows the state chart."""
@@ -93,9 +95,9 @@ class MembershipState:
     assignment: tuple[str, ...] = ()
     """Rank → node, of the generation that is starting, training, draining or stopping."""
     nodes: Mapping[str, MemberNode] = field(default_factory=dict)
-    stopping_nodes: frozenset[str] = frozenset()
+    stopping_nodes: ShardedSet[str] = field(default_factory=ShardedSet)
     """Nodes that were ordered to stop their ranks and have not confirmed. No generation starts before they do."""
-    ended_ranks: frozenset[int] = frozenset()
+    ended_ranks: ShardedSet[int] = field(default_factory=ShardedSet)
     """Ranks of the generation that have ended by themselves."""
     done_step: int | None = None
     """The step at which a rank reached the end of the run, or stopped on request."""

@@ -183,9 +183,10 @@ class Supervisor:
             self._record_event(events.NodeLeft(node=node, reason=reason))
         self._placement.agent_lost(node)
         self.apply(states.NodeLost(node=node, reason=reason))
-        assigned = set(self.state.assignment)
-        if len(assigned) == 1 and self.state.phase in (Phase.STARTING, Phase.TRAINING, Phase.DRAINING):
-            self._replace_spare(*assigned)
+        if self.state.phase in (Phase.STARTING, Phase.TRAINING, Phase.DRAINING):
+            assigned = set(self.state.assignment)
+            if len(assigned) == 1:
+                self._replace_spare(*assigned)
 
     async def _serve(self, channel: Channel) -> None:
         """Serve one agent's connection from its registration to its end."""

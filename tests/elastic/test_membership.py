@@ -17,6 +17,7 @@ from forge.elastic.membership import (
     decide,
     newest_complete_step,
 )
+from forge.elastic.sharded import ShardedSet
 from forge.elastic.states import (
     Action,
     AgentAttached,
@@ -541,7 +542,7 @@ def test_yield__below_minimum__restarts_at_minimum() -> None:
 
 def test_yield__during_a_change__releases_only() -> None:
     for phase in (Phase.STARTING, Phase.DRAINING, Phase.STOPPING):
-        scenario = training("a", "b", phase=phase, stopping_nodes=frozenset({"a"}))
+        scenario = training("a", "b", phase=phase, stopping_nodes=ShardedSet(["a"]))
         assert scenario.on(YieldRequested()) == [ReleaseSlots()]
         assert scenario.state.phase is phase
 
