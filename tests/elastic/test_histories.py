@@ -19,6 +19,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
 
+from forge.elastic import membership
 from forge.elastic.membership import MAX_FRUITLESS, MAX_STARTUP_FAILURES, RECOVERY_S, YIELD_S, decide
 from forge.elastic.states import (
     Action,
@@ -619,6 +620,30 @@ class World:
                 SlotsChanged(node=machine.name, num_slots=machine.num_slots, num_guaranteed=machine.num_guaranteed)
             )
 
+    def half_of_the_machines_die(self, chance: random.Random) -> None:
+        alive = [machine for machine in self.machines.values() if machine.is_alive]
+        for machine in chance.sample(alive, k=(len(alive) + 1) // 2):
+            self.die(machine)
+
+    def zone_gets_notice(self, chance: random.Random) -> None:
+        """Every second machine will be preempted at the same time."""
+        preempted_at, zone = self.now + chance.choice([0.0, 5.0, 30.0]), chance.randint(0, 1)
+        for machine in [*self.machines.values()][zone::2]:
+            if machine.is_connected:
+                machine.preempted_at = preempted_at
+                machine.report(PreemptionNotice(node=machine.name, preempted_at=preempted_at))
+
+    def machine_flaps(self, chance: random.Random) -> None:
+        """A connection breaks and returns several times, and the supervisor sees some of it."""
+        for machine in self.any(lambda machine: machine.is_connected, chance):
+            for _ in range(chance.randint(2, 5)):
+                self.cut(machine)
+                if chance.random() < 0.5:
+                    self.lose_silent_nodes()
+                self.connect(machine)
+                if chance.random() < 0.5:
+                    self.deliver(machine)
+
     def time_passes(self, chance: random.Random) -> None:
         self.tick(chance.choice([1.0, 3.0, 20.0, 70.0]))
 
@@ -635,6 +660,7 @@ class World:
     FAULTS: ClassVar = [
         *2 * [machine_comes, machine_dies, connection_breaks, rank_is_killed, rank_hangs, notice_is_given],
         *(fork_server_dies, slots_change, time_passes, stop_is_requested, yield_is_requested, supervisor_dies),
+        *(half_of_the_machines_die, zone_gets_notice, machine_flaps),
     ]
 
 
@@ -704,7 +730,18 @@ def test_histories__invariants_hold_and_training_resumes() -> None:
     assert run_histories(max_examples=60, num_steps=40) >= 60
 
 
+def test_histories__decided_at_ticks__invariants_hold_and_training_resumes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(membership, "BATCHED_NODES", 0)  # as with more than 256 nodes
+    assert run_histories(max_examples=10, num_steps=40) >= 10
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_histories__many_long_ones__invariants_hold_and_training_resumes() -> None:
+@pytest.mark.parametrize("batched_nodes", [membership.BATCHED_NODES, 0])
+def test_histories__many_long_ones__invariants_hold_and_training_resumes(
+    batched_nodes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(membership, "BATCHED_NODES", batched_nodes)
     assert run_histories(max_examples=1500, num_steps=40) >= 1500
