@@ -135,9 +135,19 @@ class IntervalIndex:
         """
         self._locations: dict[tuple[str, str], list[tuple[Interval, str, int]]] = {}
         for name, layout, data_start in parts:
-            for interval, offset in layout.with_offsets():
-                location = (interval, name, data_start + offset)
-                self._locations.setdefault((interval.kind, interval.name), []).append(location)
+            self.add(name, layout, data_start=data_start)
+
+    def add(self, part: str, layout: Layout, *, data_start: int) -> None:
+        """Add a part, whose first interval is `data_start` bytes after the start of its file."""
+        for interval, offset in layout.with_offsets():
+            location = (interval, part, data_start + offset)
+            self._locations.setdefault((interval.kind, interval.name), []).append(location)
+
+    def covers(self, wanted: Interval) -> bool:
+        """Return whether the parts so far hold every element of an interval."""
+        stored = self._locations.get((wanted.kind, wanted.name), ())
+        overlaps = (min(of.stop, wanted.stop) - max(of.start, wanted.start) for of, _, _ in stored)
+        return sum(numel for numel in overlaps if numel > 0) >= wanted.numel
 
     @property
     def kinds(self) -> set[str]:

@@ -23,6 +23,7 @@ from forge.checkpoint.manifest import shape_record
 from forge.checkpoint.snapshot_buffer import SnapshotBuffer, create_snapshot_buffer
 from forge.checkpoint.storage import open_storage
 from forge.checkpoint.verify import find_checkpoint
+from forge.elastic.replicas import restore
 from forge.elastic.replicas.flush import flush_shard
 from forge.elastic.replicas.replicate import Replicator
 from forge.elastic.replicas.restore import PeerStateSource, ShardLocation
@@ -525,7 +526,7 @@ async def holder_of(step: int) -> AsyncIterator[tuple[Machine, SnapshotBuffer]]:
 def test_peer_state_source__step_missing__error() -> None:
     async def ask() -> None:
         async with holder_of(5) as (far, snapshot):
-            for location in (shard(snapshot), shard(None, far.endpoint), shard(None, far.endpoint, rank=1)):
+            for location in (shard(snapshot), shard(None, far.endpoint)):
                 with pytest.raises(OSError, match="step 4"):
                     await asyncio.to_thread(PeerStateSource, [location], step=4, secret=SECRET)
 
@@ -541,6 +542,69 @@ def test_peer_state_source__step_dropped_while_reading__error() -> None:
             far.store.drop_before(2)
             with contextlib.closing(source), pytest.raises(OSError, match="step 5"):
                 await asyncio.to_thread(source.read, wanted)
+
+    asyncio.run(ask())
+
+
+@pytest.mark.parametrize("world_size", [20, 10, 13])
+def test_peer_state_source__many_shards__opens_the_nearest_only(
+    world_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twenty ranks trained; each rank of another world size needs shard 0 and those that its part overlaps."""
+    described: list[int] = []
+    describe = restore._RemoteShard.__init__
+
+    def count(shard: restore._RemoteShard, channel: Any, location: ShardLocation, *, step: int) -> None:
+        described.append(location.rank)
+        describe(shard, channel, location, step=step)
+
+    monkeypatch.setattr(restore._RemoteShard, "__init__", count)
+    num_shards, numel = 20, 1300
+
+    def piece(rank: int, of: int) -> Layout:
+        start, stop = (numel * edge // of for edge in (rank, rank + 1))
+        return pack([Interval(kind="master", name="w", start=start, stop=stop, dtype="F32")])
+
+    def read(rank: int, locations: Sequence[ShardLocation]) -> bytes:
+        layout = piece(rank, world_size)
+        data = bytearray(layout.size_bytes)
+        position = (rank + 0.5) / world_size
+        with contextlib.closing(PeerStateSource(locations, step=5, secret=SECRET, position=position)) as source:
+            source.read([(layout.intervals[0], memoryview(data))])
+        return bytes(data)
+
+    async def ask() -> None:
+        whole = random.Random(3).randbytes(4 * numel)
+        async with machine() as far:
+            for rank in range(num_shards):
+                layout = piece(rank, num_shards)
+                snapshot = create_snapshot_buffer(layout)
+                with snapshot.begin(0) as data:
+                    data[:] = whole[4 * layout.intervals[0].start : 4 * layout.intervals[0].stop]
+                snapshot.commit(0, step=5, state={"progress": asdict(progress(5))})
+                far.store.register_buffer(os.dup(snapshot.fd), generation=1, rank=rank, world_size=num_shards)
+                snapshot.close()
+            locations = [shard(None, far.endpoint, rank=rank) for rank in range(num_shards)]
+            for rank in range(world_size):
+                described.clear()
+                found = await asyncio.to_thread(read, rank, locations)
+                own = piece(rank, world_size).intervals[0]
+                assert found == whole[4 * own.start : 4 * own.stop]
+                assert len(described) <= 1 + math.ceil(num_shards / world_size) + 1
+
+    asyncio.run(ask())
+
+
+def test_peer_state_source__shard_gone__error_when_it_is_needed() -> None:
+    async def ask() -> None:
+        async with holder_of(5) as (far, snapshot):
+            more = Interval(kind="master", name="w", start=1000, stop=1030, dtype="F32")
+            locations = [shard(snapshot), shard(None, far.endpoint, rank=1)]
+            with (
+                contextlib.closing(PeerStateSource(locations, step=5, secret=SECRET)) as source,
+                pytest.raises(OSError, match="step 5"),
+            ):
+                await asyncio.to_thread(source.read, [(more, memoryview(bytearray(120)))])
 
     asyncio.run(ask())
 

@@ -1,11 +1,15 @@
 """Reads the state of a step from the memory of nodes, for a rank of a new generation.
 
-The shards of the step are the snapshots of the ranks that trained it. Shards in this node's memory are mapped and
-copied; of the others, only the ranges that this rank needs are transferred.
+The shards of the step are the snapshots of the ranks that trained it. Shards in this node's memory are mapped
+and copied; of the others, only the ranges that this rank needs are transferred. ZeRO divides every tensor, or
+all of them one after the other, in the order of the ranks, so that a rank needs two or three shards of
+thousands: those of other nodes are opened when a range is not in the ones opened before, the nearest by rank
+first.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -33,24 +37,32 @@ class ShardLocation:
 
 
 class PeerStateSource:
-    """All shards of one step, open for reading until `close`.
+    """The shards of one step, opened for reading as they are needed, until `close`.
 
     It owns the local snapshots: memory that their replica store drops is freed only at `close`.
     """
 
-    def __init__(self, locations: Sequence[ShardLocation], *, step: int, secret: bytes) -> None:
-        """Raises: OSError, EOFError, KeyError if a shard is no longer at its location."""
+    def __init__(
+        self, locations: Sequence[ShardLocation], *, step: int, secret: bytes, position: float = 0.0
+    ) -> None:
+        """Args:
+        position: where this rank is among those of its generation, from 0 to 1: the shards there are read first.
+
+        Raises: OSError, EOFError if the first shard is no longer at its location.
+        """
+        self._step, self._secret = step, secret
         self._snapshots = [location.snapshot for location in locations if location.snapshot is not None]
         self._channels: dict[Endpoint, SyncChannel] = {}
+        self._shards: dict[str, _Shard] = {}
+        self._index = IntervalIndex(())
+        center = position * len(locations) - 0.5
+        self._unopened = deque(sorted(locations, key=lambda of: (of.snapshot is None, abs(of.rank - center))))
+        """Local ones first, as they cost no request, then by distance."""
         try:
-            self._shards = {
-                str(location.rank): self._open(location, step=step, secret=secret) for location in locations
-            }
-            first = self._shards["0"]
+            first = self._open(next(location for location in locations if location.rank == 0))
         except BaseException:
             self.close()
             raise
-        self._index = IntervalIndex((name, shard.layout, 0) for name, shard in self._shards.items())
         self.progress = Progress(**first.state["progress"])
         self.base: BaseWeights | None = base_from_record(first.state.get("base"))
         """The pretrained weights that the frozen parameters have their values from."""
@@ -60,8 +72,12 @@ class PeerStateSource:
     def read(self, wanted: Iterable[tuple[Interval, memoryview]]) -> None:
         """Fill each view with the bytes of its interval.
 
-        Raises: OSError, EOFError if a node is gone; ValueError if no shard holds an element.
+        Raises: OSError, EOFError if a node or a shard is gone; ValueError if no shard holds an element.
         """
+        wanted = list(wanted)
+        for interval, _ in wanted:
+            while self._unopened and not self._index.covers(interval):
+                self._open(self._unopened.popleft())
         for name, ranges in self._index.ranges(wanted).items():
             self._shards[name].read(ranges)
 
@@ -73,14 +89,22 @@ class PeerStateSource:
         for snapshot in self._snapshots:
             snapshot.close()
 
-    def _open(self, location: ShardLocation, *, step: int, secret: bytes) -> _Shard:
+    def _open(self, location: ShardLocation) -> _Shard:
+        """Open a shard and add it to the index; one that is open already stays as it is."""
+        name = str(location.rank)
+        if name not in self._shards:
+            shard = self._shards[name] = self._connect(location)
+            self._index.add(name, shard.layout, data_start=0)
+        return self._shards[name]
+
+    def _connect(self, location: ShardLocation) -> _Shard:
         if location.snapshot is not None:
-            return _LocalShard(location.snapshot, step=step)
+            return _LocalShard(location.snapshot, step=self._step)
         assert location.endpoint is not None
         if location.endpoint not in self._channels:
-            channel = SyncChannel(location.endpoint, secret=secret, timeout_s=_TIMEOUT_S)
+            channel = SyncChannel(location.endpoint, secret=self._secret, timeout_s=_TIMEOUT_S)
             self._channels[location.endpoint] = channel
-        return _RemoteShard(self._channels[location.endpoint], location, step=step)
+        return _RemoteShard(self._channels[location.endpoint], location, step=self._step)
 
 
 class _LocalShard:

@@ -111,7 +111,12 @@ def _run(spec: WorkerSpec, *, link: AgentLink, fds: list[int], plan_json: str, l
             )
             for shard in spec.shards
         ]
-        state_source = PeerStateSource(locations, step=spec.step, secret=bytes.fromhex(spec.secret))
+        state_source = PeerStateSource(
+            locations,
+            step=spec.step,
+            secret=bytes.fromhex(spec.secret),
+            position=(spec.rank + 0.5) / spec.world_size,
+        )
     reporter: AgentReporter | NullReporter = NullReporter()
     if spec.rank == 0:
         reporter = AgentReporter(link)
