@@ -53,6 +53,7 @@ GROUPS = (
             "tests/elastic/test_soak.py",
             "tests/elastic/test_late_commit.py",
             "tests/elastic/test_deadline_machines.py",
+            "tests/elastic/test_straggler_run.py",
             "tests/elastic/test_lora.py",
             "tests/elastic/test_task_scores.py",
         ),

@@ -237,6 +237,31 @@ class RankHung:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StragglerDetected:
+    """A node whose own work takes longer than that of the others, again and again; all ranks wait for it."""
+
+    generation: int
+    node: str
+    host: str
+    rank: int
+    """The slowest of its ranks."""
+    device: str
+    """Its GPU or processor; it is compared with ranks on the same kind."""
+    ratio: float
+    """`own_s` as a multiple of `usual_s`."""
+    own_s: float
+    """Median seconds of the rank's forward passes in a step, without waits for other ranks."""
+    usual_s: float
+    """Median of the same over the other ranks."""
+    action: str
+    """`kept`; `requested`: it works until another node is ready; `replaced`: its ranks move to another node; `left
+    out`: the run goes on with fewer workers.
+    """
+    reason: str
+    """Why."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationStarting:
     """The workers of a new generation are being started."""
 
@@ -596,6 +621,7 @@ Event = (
     | KilledForMemory
     | ForkServerFailed
     | RankHung
+    | StragglerDetected
     | GenerationStarting
     | GenerationStarted
     | SnapshotIntervalChanged

@@ -7,8 +7,11 @@ driver or of a node that `forge cluster up` has started here, or descends from o
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +23,9 @@ from forge.process import has_open
 from forge.runs.nodes import nodes_now
 from forge.runs.reader import LOCK, driver_pid, read_run
 from forge.runs.remote_ref import read_remote_ref
+
+# Of a process that is slowed down: shorter than a forward pass, so that every one is slowed.
+_SLOW_PERIOD_S = 0.006
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,7 +116,40 @@ def suspend(pid: int, *, members: RunProcesses) -> None:
     _signal(pid, signal.SIGSTOP, members=members)
 
 
+def slow_down(pid: int, *, members: RunProcesses, factor: float, seconds: float) -> bool:
+    """Stop and continue a process in turns, so that what it computes takes `factor` times as long.
+
+    Args:
+        factor: above 1; the process runs for `1 / factor` of the time.
+        seconds: how long; then, or when this is interrupted, it continues at full speed.
+
+    Returns: whether it still runs; False if it ended in the meantime.
+    Raises: ArgumentError as `kill`.
+    """
+    with _own_process(pid, members=members) as handle:
+        deadline = time.monotonic() + seconds
+        try:
+            while time.monotonic() < deadline:
+                signal.pidfd_send_signal(handle, signal.SIGSTOP)
+                time.sleep(_SLOW_PERIOD_S * (1 - 1 / factor))
+                signal.pidfd_send_signal(handle, signal.SIGCONT)
+                time.sleep(_SLOW_PERIOD_S / factor)
+        except ProcessLookupError:
+            return False
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(handle, signal.SIGCONT)
+    return True
+
+
 def _signal(pid: int, number: signal.Signals, *, members: RunProcesses) -> None:
+    with _own_process(pid, members=members) as handle:
+        signal.pidfd_send_signal(handle, number)
+
+
+@contextlib.contextmanager
+def _own_process(pid: int, *, members: RunProcesses) -> Iterator[int]:
+    """Open a descriptor of one of the run's processes. Raises: ArgumentError."""
     if pid <= 1:
         members.require_own(pid)
     try:
@@ -119,7 +158,7 @@ def _signal(pid: int, number: signal.Signals, *, members: RunProcesses) -> None:
         raise ArgumentError(f"this machine has no process {pid}") from None
     try:
         members.require_own(pid)
-        signal.pidfd_send_signal(handle, number)
+        yield handle
     except OSError as error:
         raise ArgumentError(f"process {pid} cannot be signalled: {error.strerror}") from None
     finally:

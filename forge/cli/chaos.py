@@ -231,6 +231,27 @@ def hang(
 
 
 @app.command()
+def slow(
+    rank: Annotated[int, typer.Option("--rank", min=0, help="The process of this rank.")],
+    run: RunArgument = "latest",
+    factor: Annotated[
+        float, typer.Option(min=1.01, max=100.0, help="What it computes takes so many times as long.")
+    ] = 3.0,
+    seconds: Annotated[float, typer.Option(min=0.1, help="How long.")] = 60.0,
+    runs: RunsOption = _RUNS,
+) -> None:
+    """Slow a rank down: stop and continue its process in turns, until the time is over or Ctrl-C.
+
+    Example:  forge chaos slow latest --rank 1 --factor 3 --seconds 120
+    """
+    from forge.chaos import processes
+
+    members = _members(run, runs)
+    still_runs = processes.slow_down(members.rank(rank), members=members, factor=factor, seconds=seconds)
+    _done(run, f"rank {rank} was slowed down" if still_runs else f"rank {rank} was slowed down until it ended")
+
+
+@app.command()
 def notice(
     node: Annotated[
         str, typer.Option("--node", metavar="NODE", help="A node: its number in the order of joining, or its id.")

@@ -41,11 +41,19 @@ class ResourcesSpec(Section):
     max_usd_per_hour: float | None = Field(None, gt=0)
     """Limit in USD per hour for all machines of the run together; above it the run stops, with a checkpoint."""
 
+    replace_stragglers: bool = False
+    """Leave a node, as after a preemption notice, whose own work (its forward passes) takes at least 1.5 times the
+    median of the other ranks in three windows of 20 steps: when another node can take its place, or when the run is
+    faster without it. Once per node, at most a quarter of the nodes (docs/stragglers.md). `false`: such a node is
+    only named in an event, since a machine that is shared with others may be slow for a while."""
+
     @model_validator(mode="after")
     def _limits_are_watched(self) -> ResourcesSpec:
         for key in ("max_usd", "max_usd_per_hour", "deadline"):
             if getattr(self, key) is not None and self.engine != "elastic":
                 raise FieldError(key, "requires engine: elastic, whose supervisor enforces it")
+        if self.replace_stragglers and self.engine != "elastic":
+            raise FieldError("replace_stragglers", "requires engine: elastic, whose supervisor replaces nodes")
         return self
 
 

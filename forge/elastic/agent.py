@@ -171,8 +171,9 @@ class Agent:
         }
 
     async def _send_heartbeats(self, channel: Channel) -> None:
-        """Report the progress of the ranks regularly, and the replicas whenever they have changed."""
+        """Report the progress of the ranks regularly; their replicas and own times whenever they have changed."""
         reported: list[list[int]] = []
+        own_times: list[list[int]] = []
         with contextlib.suppress(OSError):
             while True:
                 await asyncio.sleep(self._heartbeat_s)
@@ -181,6 +182,9 @@ class Agent:
                 replicas = locations_record(self._store.locations())
                 if replicas != reported:
                     heartbeat["replicas"] = reported = replicas
+                if (times := self._workers.own_times()) != own_times:
+                    own_times = times
+                    heartbeat |= {"own_times": times, "device": self._workers.device_name}
                 await channel.send(heartbeat)
 
     async def _execute(self, command: Message) -> None:

@@ -29,6 +29,7 @@ from forge.elastic.placement import Placement
 from forge.elastic.reports import attached_from, event_from
 from forge.elastic.rpc import Channel, Endpoint, Listener, Message
 from forge.elastic.states import Action, Event, MembershipState, Phase
+from forge.elastic.straggler_watch import NOTICE_S, StragglerWatch
 from forge.pricing.budget import CostMeter
 
 _TICK_S = 0.1
@@ -70,6 +71,7 @@ class Supervisor:
         is_restarted: bool = False,
         losses: LossHistory | None = None,
         deadline: DeadlineWatch | None = None,
+        stragglers: StragglerWatch | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Args:
@@ -82,6 +84,7 @@ class Supervisor:
         is_restarted: a supervisor ran before this one, and its agents may have running ranks.
         losses: with `checkpoint.every: auto`, what the run has lost so far.
         deadline: with `resources.deadline`.
+        stragglers: names nodes that slow the others down; None: nothing does.
         """
         self.state = replace(
             state,
@@ -90,7 +93,7 @@ class Supervisor:
             recovery_deadline=clock() + RECOVERY_S if is_restarted else None,
         )
         self._placement, self._record_event, self._meter, self._clock = placement, record_event, meter, clock
-        self._losses, self._deadline = losses, deadline
+        self._losses, self._deadline, self._stragglers = losses, deadline, stragglers
         self._stop_reason = ""
         self._connections = AgentConnections()
         self._has_started = is_restarted
@@ -210,6 +213,8 @@ class Supervisor:
         match report["report"]:
             case "heartbeat":
                 self._note_progress(report, now)
+                if self._stragglers is not None:
+                    self._stragglers.note(node, report, state=self.state)
             case "forked" if report["generation"] == self.state.generation:
                 self._pids[report["rank"]] = report["pid"]
             case "started":
@@ -312,6 +317,9 @@ class Supervisor:
                 step=self._steps.last_step or self.state.stored_step,
                 step_worker_s=self._steps.worker_s,
             )
+        if self._stragglers is not None:
+            for node in self._stragglers.check(self.state, self._connections, now=now):
+                self.announce_preemption(node, source="straggler", seconds_left=NOTICE_S)
         self.apply(states.Tick(margin_s=2 * self._steps.p99_s + _DRAIN_S))
 
     def _check_progress(self, now: float) -> None:

@@ -54,8 +54,9 @@ class EventDescriber:
                     f"node {event['node']} could not start workers, and tries again: its process {event['reason']}"
                 )
             case "RankHung":
-                silent = format_duration(event["silent_s"])
-                return f"no progress for {silent}, rank {event['rank']} is behind; every rank's log has its stacks"
+                return _hang_text(event)
+            case "StragglerDetected":
+                return _straggler_text(event)
             case "MembershipChangeStarted":
                 self._reason, self._members = event["reason"], set()
             case "WaitingForMachines":
@@ -104,6 +105,24 @@ def describe_start(event: Mapping[str, Any]) -> str:
     if split := event.get("num_split_groups"):
         text += f"; {split} group{'' if split == 1 else 's'} of hpZ on several nodes, which gathers more slowly"
     return text
+
+
+def _hang_text(event: Mapping[str, Any]) -> str:
+    silent = format_duration(event["silent_s"])
+    return f"no progress for {silent}, rank {event['rank']} is behind; every rank's log has its stacks"
+
+
+def _straggler_text(event: Mapping[str, Any]) -> str:
+    times = f"{format_duration(event['own_s'])} against {format_duration(event['usual_s'])}"
+    text = f"node {event['node']} is slow: {event['ratio']:.1f} times the other ranks' own work in a step ({times})"
+    match event["action"]:
+        case "requested":
+            return f"{text}; another node is requested, and it works until then"
+        case "replaced":
+            return f"{text}; another node takes its place"
+        case "left out":
+            return f"{text}; {event['reason']}"
+    return f"{text}; it stays: {event['reason']}"
 
 
 def _gib(size: float | None) -> str:

@@ -23,6 +23,7 @@ from forge.elastic.agent_config import AgentConfig
 from forge.elastic.deadline_watch import DeadlineTerms, DeadlineWatch
 from forge.elastic.loss_history import LossHistory
 from forge.elastic.states import MembershipState
+from forge.elastic.straggler_watch import REPLACING, StragglerTerms, StragglerWatch
 from forge.elastic.supervisor import Supervisor
 from forge.events import Event
 from forge.plan.plan import Plan, plan_from_json
@@ -77,6 +78,15 @@ class SupervisedRun:
             is_restarted=is_restarted,
             losses=LossHistory(history) if self.plan.job.checkpoint.every == "auto" else None,
             deadline=self._deadline_watch(history, placement=placement, record_event=record_event),
+            stragglers=StragglerWatch(
+                StragglerTerms(
+                    replaces=self.plan.job.resources.replace_stragglers,
+                    global_batch_size=self.plan.job.training.global_batch_size,
+                    replaced=replaced_stragglers(history),
+                ),
+                placement=placement,
+                record_event=record_event,
+            ),
         )
         self.endpoint = self.supervisor.listen(
             host=ray.util.get_node_ip_address(), secret=bytes.fromhex(config.secret)
@@ -206,6 +216,19 @@ def recorded_ends(history: Path, kind: str) -> tuple[dict[str, Any] | None, dict
                 first = first or {"time": float(record["time"])}
                 last = record if record["event"] == kind else last
     return first, last
+
+
+def replaced_stragglers(history: Path) -> tuple[str, ...]:
+    """The nodes in `events.jsonl` that were replaced because they were slow."""
+    found = []
+    with contextlib.suppress(OSError), history.open() as lines:
+        for line in lines:
+            if '"StragglerDetected"' in line:
+                with contextlib.suppress(ValueError, KeyError, TypeError):
+                    record = json.loads(line)
+                    if record["action"] in REPLACING:
+                        found.append(str(record["node"]))
+    return tuple(found)
 
 
 def largest_recorded(history: Path, kind: str, key: str) -> float:

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from forge.errors import UserCodeError
+from forge.limits import cpu_name
 
 _NCCL = {
     # A communicator that fails ends its process, without ncclCommAbort, which can hang: the agent starts it again.
@@ -55,6 +56,11 @@ def create_context(device: torch.device) -> None:
     one = torch.ones(1, 1, device=device)
     torch.mm(one, one)
     torch.cuda.synchronize(device)
+
+
+def device_name(device: torch.device) -> str:
+    """Return the name of a GPU as CUDA gives it, or of this machine's processor."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
 
 
 def set_up_nccl(*, interface: str | None = None) -> None:

@@ -6,6 +6,8 @@ the ranks, so ranks with fewer rows, or with none in a micro-step, change nothin
 
 Nothing is compiled at run time: no optimizer is one of DeepSpeed's, and on CPU the shared-memory
 collective that DeepSpeed would build in the background (70 s) is declared unavailable.
+
+The module is long (over 400 lines) because a step, its sums and the build of what makes it are one subject.
 """
 
 from __future__ import annotations
@@ -42,6 +44,7 @@ from forge.objective.base import (
 from forge.train.base_weights import digest_base, initial_weights
 from forge.train.cuda import move_to
 from forge.train.first_pass import Prepared, with_first_pass
+from forge.train.local_time import LocalTime
 from forge.train.metric_sums import MetricSums
 from forge.train.metrics import peak_memory_gib
 from forge.train.optimizer import build_optimizer
@@ -120,6 +123,8 @@ class Engine:
         """Called before the training state changes."""
         self.on_progress: Callable[[], None] = lambda: None
         """Called before and after each operation that may wait for other ranks."""
+        is_partitioned = engine.zero_optimization_stage() == 3
+        self.own_time = LocalTime(self._module, device=self.device, gathers_weights=is_partitioned)
 
     def step(
         self,
@@ -153,7 +158,8 @@ class Engine:
         for batch, inputs in with_first_pass(objective, batches, run=partial(self._first_pass, step=step)):
             self._begin_dropout(step, batch, inputs)
             self.on_progress()
-            loss = self._forward(inputs)
+            with self.own_time.forward():
+                loss = self._forward(inputs)
             sums.add(self._module.result)
             engine.backward(loss * (engine.dp_world_size / total_weight), scale_wrt_gas=False)
             self.on_progress()
@@ -169,6 +175,7 @@ class Engine:
         grad_norm = float("nan" if norm is None else norm)
         figures = (peak_memory_gib(self.device), snapshot_cost_s())
         shared = self._all_reduce(sums, figures=figures, requests=requests())
+        self.own_time.end_step()
         self.on_progress()
         self._check_weight(shared.weight, total_weight=total_weight, step=step)
         mean, means = shared.loss_sum / total_weight, shared.means
@@ -219,7 +226,7 @@ class Engine:
 
         Returns: them, and the total weight of the step.
         """
-        converted = ((batch, self._inputs(step, batch)) for batch in micro_batches)
+        converted = self.own_time.fetching((batch, self._inputs(step, batch)) for batch in micro_batches)
         if not hasattr(self._module.objective, "weight"):
             return converted, total_weight
         batches = list(converted)

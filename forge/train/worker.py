@@ -39,7 +39,7 @@ from forge.plan.inputs import InitInfo
 from forge.plan.plan import Plan
 from forge.train.async_checkpoint import AsyncCheckpointer
 from forge.train.checkpoint_interval import CheckpointInterval
-from forge.train.cuda import create_context
+from forge.train.cuda import create_context, device_name
 from forge.train.engine import DTYPES, Engine, build_engine
 from forge.train.frozen_model import build_frozen, build_teacher
 from forge.train.loop import LoopResult, SnapshotPolicy, TrainInputs, train
@@ -93,6 +93,8 @@ class ElasticContext:
     checkpoint_risk: CheckpointRisk | None = None
     """With `checkpoint.every: auto`, what the run has measured."""
     on_progress: Callable[[], None] = lambda: None
+    on_own_time: Callable[[float, str], None] | None = None
+    """Takes the seconds of a rank's own work in a step (`forge.train.local_time`), and the name of its device."""
 
 
 def run_worker(
@@ -212,7 +214,14 @@ def _checkpointer(
     engine.before_update = checkpointer.settle
     if elastic is not None:
         engine.on_progress = checkpointer.on_wait = elastic.on_progress
+        if elastic.on_own_time is not None:
+            engine.own_time.on_step = _with_device(elastic.on_own_time, engine.device)
     return checkpointer
+
+
+def _with_device(report: Callable[[float, str], None], device: torch.device) -> Callable[[float], None]:
+    name = device_name(device)
+    return lambda seconds: report(seconds, name)
 
 
 def _build(plan: Plan, context: WorkerContext, *, device: torch.device, skip_init: bool) -> Engine:

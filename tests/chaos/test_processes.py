@@ -12,10 +12,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from forge.chaos.faults import kill_node_of
-from forge.chaos.processes import kill, processes_of, suspend
+from forge.chaos.processes import kill, processes_of, slow_down, suspend
 from forge.errors import ArgumentError
 from forge.events import Event, GenerationStarted, NodeJoined, RankLocation, RunStarted, SupervisorStarted
 from forge.runs.recorder import append_event
@@ -146,3 +147,31 @@ def test_processes_of__lock_held_by_another_process_than_it_names__its_pid_is_no
 def _record(folder: Path, events: Sequence[Event]) -> None:
     for event in events:
         append_event(folder, event)
+
+
+def test_slow_down__busy_process__gets_a_share_of_the_time_and_continues(tmp_path: Path) -> None:
+    folder = make_run(tmp_path)
+    code = f"""
+import fcntl, os, subprocess, sys
+lock = open({str(folder / ".lock")!r}, "a+")
+fcntl.flock(lock, fcntl.LOCK_EX)
+child = subprocess.Popen([sys.executable, "-P", "-c", "while True: pass"])
+lock.write(str(os.getpid())); lock.flush()
+print(child.pid, flush=True)
+child.wait()
+"""
+    with _child(code=code) as driver:
+        assert driver.stdout is not None
+        pid = int(driver.stdout.readline())
+        _record(folder, _events(pid))
+        busy, members = psutil.Process(pid), processes_of(folder)
+        try:
+            before = busy.cpu_times().user
+            assert slow_down(pid, members=members, factor=10.0, seconds=0.5)
+            assert busy.cpu_times().user - before < 0.25
+            assert busy.status() != psutil.STATUS_STOPPED
+        finally:
+            busy.kill()
+        driver.wait()
+        with pytest.raises(ArgumentError, match="no process"):
+            slow_down(pid, members=members, factor=2.0, seconds=0.1)

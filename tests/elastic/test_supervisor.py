@@ -11,9 +11,18 @@ import pytest
 from forge.elastic.agent_connections import AgentConnection
 from forge.elastic.commands import source_shards, start_commands
 from forge.elastic.states import MemberNode, MembershipState, Phase, ReplicaLocation, StartGeneration
+from forge.elastic.straggler_detector import MIN_ROUND_S, NUM_ROUNDS, WINDOW_STEPS
+from forge.elastic.straggler_watch import StragglerTerms, StragglerWatch
 from forge.elastic.supervisor import Supervisor
 from forge.errors import ClusterError
-from forge.events import CostUpdated, Event, GenerationStarting, NodeJoined, PreemptionNoticeReceived
+from forge.events import (
+    CostUpdated,
+    Event,
+    GenerationStarting,
+    NodeJoined,
+    PreemptionNoticeReceived,
+    StragglerDetected,
+)
 from forge.pricing.budget import CostLimits, CostMeter, read_price
 from tests.support.placement import FixedPlacement
 
@@ -34,7 +43,9 @@ class RecordingPlacement(FixedPlacement):
 class Scene:
     """A supervisor that trains, with nodes `a` and `b`."""
 
-    def __init__(self, *, limits: CostLimits = _NO_LIMITS, spent_usd: float = 0.0) -> None:
+    def __init__(
+        self, *, limits: CostLimits = _NO_LIMITS, spent_usd: float = 0.0, replaces_stragglers: bool = False
+    ) -> None:
         self.now = 1000.0
         self.placement = RecordingPlacement()
         self.recorded: list[Event] = []
@@ -47,6 +58,11 @@ class Scene:
             checkpoints="/nowhere",
             meter=CostMeter(limits, head="host-head", head_usd_per_hour=0.5, spent_usd=spent_usd),
             clock=lambda: self.now,
+            stragglers=StragglerWatch(
+                StragglerTerms(replaces=replaces_stragglers, global_batch_size=8),
+                placement=self.placement,
+                record_event=self.recorded.append,
+            ),
         )
         for name in ("a", "b"):
             self.connect(name)
@@ -302,3 +318,71 @@ def test_cost_limits__cluster_and_job__lower_one_applies() -> None:
     assert limits.capped_by({"FORGE_MAX_USD_PER_HOUR": "2.5"}) == CostLimits(usd=5.0, usd_per_hour=2.5)
     assert limits.capped_by({"FORGE_MAX_USD_PER_HOUR": "9"}) == limits
     assert limits.capped_by({}) == limits
+
+
+def _train_on_both(scene: Scene) -> None:
+    """Have the second generation, with ranks on `a` and `b`, take its first step."""
+    for _ in range(20):
+        scene.now += 0.1
+        for name in "ab":
+            scene.supervisor.receive(scene.connections[name], {"report": "heartbeat", "generation": 1, "ranks": []})
+        scene.supervisor.tick()
+    drained = {
+        "report": "ended",
+        "generation": 1,
+        "rank": 0,
+        "end": "drained",
+        "step": 5,
+        "reason": "",
+        "error": "",
+    }
+    scene.supervisor.receive(scene.connections["a"], drained)
+    for name in "ab":
+        scene.supervisor.receive(scene.connections[name], {"report": "stopped", "generation": 1, "replicas": []})
+    assert scene.supervisor.state.assignment == ("a", "b")
+    scene.start_generation()
+
+
+def _slow_rounds(scene: Scene, *, count: int) -> None:
+    """Report that rank 1, on `b`, takes twice the time of rank 0, in so many windows."""
+    generation = scene.supervisor.state.generation
+    for number in range(count):
+        for rank, name in enumerate(scene.supervisor.state.assignment):
+            own_ns = 10**8 * (1 + (name == "b"))
+            heartbeat = {"report": "heartbeat", "generation": generation, "ranks": [], "device": "cpu"}
+            heartbeat["own_times"] = [[rank, own_ns, WINDOW_STEPS * (number + 1)]]
+            scene.supervisor.receive(scene.connections[name], heartbeat)
+        for connection in scene.connections.values():
+            connection.heard_at = scene.now = scene.now + MIN_ROUND_S / len(scene.connections)
+        scene.supervisor.tick()
+
+
+def test_straggler__replaced_as_with_a_notice_once_another_node_is_ready() -> None:
+    def script(scene: Scene) -> None:
+        _train_on_both(scene)
+        _slow_rounds(scene, count=NUM_ROUNDS)
+        stragglers = [event for event in scene.recorded if isinstance(event, StragglerDetected)]
+        assert [(event.node, event.ratio, event.action) for event in stragglers] == [("b", 2.0, "requested")]
+        assert scene.placement.replaced == [("b", None)]
+        assert scene.supervisor.state.phase is Phase.TRAINING
+        scene.connect("c")  # the node that was requested
+        _slow_rounds(scene, count=NUM_ROUNDS + 2)
+        stragglers = [event for event in scene.recorded if isinstance(event, StragglerDetected)]
+        assert [event.action for event in stragglers] == ["requested", "replaced"]
+        assert [(node, source) for node, source, _, _ in scene.notices()] == [("b", "straggler")]
+        assert scene.supervisor.state.phase is Phase.DRAINING
+
+    run_scene(script, replaces_stragglers=True)
+
+
+def test_straggler__replace_stragglers_is_false__named_once_and_kept() -> None:
+    def script(scene: Scene) -> None:
+        _train_on_both(scene)
+        scene.connect("c")
+        _slow_rounds(scene, count=3 * NUM_ROUNDS)
+        stragglers = [event for event in scene.recorded if isinstance(event, StragglerDetected)]
+        assert [(event.node, event.action) for event in stragglers] == [("b", "kept")]
+        assert scene.notices() == [] and scene.placement.replaced == []
+        assert scene.supervisor.state.phase is Phase.TRAINING
+
+    run_scene(script)

@@ -23,6 +23,7 @@ from forge.events import (
     RankLocation,
     RunStarted,
     SnapshotIntervalChanged,
+    StragglerDetected,
     SupervisorRestarted,
     WaitingForMachines,
     event_to_record,
@@ -54,6 +55,25 @@ OUTLOOK = DeadlineForecast(
     max_workers=3,
     can_rent=False,
 )
+SLOW = StragglerDetected(
+    generation=1,
+    node=NODE,
+    host="h",
+    rank=1,
+    device="A100",
+    ratio=2.04,
+    own_s=0.204,
+    usual_s=0.1,
+    action="kept",
+    reason="resources.replace_stragglers is false",
+)
+_IS_SLOW = "node 3f2a is slow: 2.0 times the other ranks' own work in a step (204ms against 100ms)"
+STRAGGLERS = [
+    (SLOW, f"{_IS_SLOW}; it stays: resources.replace_stragglers is false"),
+    (replace(SLOW, action="replaced"), f"{_IS_SLOW}; another node takes its place"),
+    (replace(SLOW, action="requested"), f"{_IS_SLOW}; another node is requested, and it works until then"),
+    (replace(SLOW, action="left out", reason="faster"), f"{_IS_SLOW}; faster"),
+]
 DEADLINES = [
     (OUTLOOK, "with 2 workers the run ends 10m 00s before its deadline 2026-12-01 18:00 UTC"),
     (
@@ -140,6 +160,7 @@ def test_describe__idle_node_left__has_its_own_line() -> None:
             RankHung(generation=1, rank=1, node=NODE, silent_s=8.2),
             "no progress for 8.2s, rank 1 is behind; every rank's log has its stacks",
         ),
+        *STRAGGLERS,
         (
             GenerationStarting(generation=1, world_size=3, from_step=0, source="storage"),
             "starting generation 1 with 3 workers",

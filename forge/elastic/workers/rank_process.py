@@ -31,6 +31,8 @@ class RankProcess:
     num_memory_kills: int = field(default_factory=out_of_memory_kills)
     """Of the kernel on this machine, when the rank was started."""
     pid: int | None = None
+    device_name: str = ""
+    """Of its GPU or processor, once it has reported it."""
     replicator: Replicator | None = None
     has_reported_end: bool = False
     must_die: bool = False
@@ -41,6 +43,10 @@ class RankProcess:
         """Publish to the rank that the snapshot of a step is replicated."""
         self.status[StatusField.AGENT_CPU_NS] += time.process_time_ns() - self.send_began_ns
         self.status[StatusField.REPLICATED_STEP] = step
+
+    def own_time(self) -> list[int]:
+        """Return rank, median time of its own work in its last steps in ns, steps that it has timed."""
+        return [self.rank, self.status[StatusField.OWN_NS], self.status[StatusField.OWN_STEPS]]
 
     def progress(self) -> list[int]:
         """Return rank, ms since its last progress, last step, its duration in ns, is suspended."""

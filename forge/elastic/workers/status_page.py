@@ -23,6 +23,10 @@ class StatusField(IntEnum):
     """The last complete step; rank 0 only."""
     STEP_NS = auto()
     """Duration of that step."""
+    OWN_NS = auto()
+    """Median time of the rank's own work in its last steps, without waits for other ranks."""
+    OWN_STEPS = auto()
+    """Steps timed when that median was taken; 0 before the first."""
     # written by the agent
     STOP = auto()
     """1: write a checkpoint and end the run."""

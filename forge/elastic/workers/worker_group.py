@@ -1,4 +1,7 @@
-"""The workers of one node: starts them from the fork server, reads their messages, signals and kills them."""
+"""The workers of one node: starts them from the fork server, reads their messages, signals and kills them.
+
+The module is long (over 400 lines) because every message and signal of a worker is handled here.
+"""
 
 from __future__ import annotations
 
@@ -93,6 +96,16 @@ class WorkerGroup:
     def progress(self) -> list[list[int]]:
         """Per running rank: rank, ms since its last progress, last step, its duration in ns, is suspended."""
         return [worker.progress() for worker in self._running().values()]
+
+    def own_times(self) -> list[list[int]]:
+        """Per running rank that has timed its own work: rank, the median of the last steps in ns, steps timed."""
+        times = [worker.own_time() for worker in self._running().values()]
+        return [[rank, own_ns, num_steps] for rank, own_ns, num_steps in times if num_steps]
+
+    @property
+    def device_name(self) -> str:
+        """The GPU or processor of the ranks that run; empty before one has reported it."""
+        return next((worker.device_name for worker in self._running().values() if worker.device_name), "")
 
     def start(self, command: Message, *, rendezvous_fd: int) -> None:
         """Fork this node's ranks of a generation.
@@ -316,6 +329,8 @@ class WorkerGroup:
                 if worker.replicator is not None:
                     worker.send_began_ns = time.process_time_ns()
                     worker.replicator.send(step=step, slot=slot)
+            case "device", (name,):
+                worker.device_name = name
             case "event", (GenerationStarted() as started,):
                 self._tasks.start(self._report(report="started", started=asdict(started)))
             case "end", (end, step, reason, error):

@@ -19,12 +19,14 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from forge.checkpoint.snapshot_buffer import SnapshotBuffer
 from forge.elastic.commands import LOOPBACK, WorkerSpec
 from forge.elastic.replicas.restore import PeerStateSource, ShardLocation
 from forge.elastic.states import EndReason
+from forge.elastic.straggler_detector import WINDOW_STEPS
 from forge.elastic.workers.status_page import StatusField, StatusPage
 from forge.errors import ForgeError
 from forge.events import Event, NullReporter, StepMetrics
@@ -41,6 +43,8 @@ from forge.train.worker import ElasticContext, Stopwatch, WorkerContext, enter_w
 from forge.user_code import error_place, use_code
 
 _POLL_S = 0.0005
+# Steps of a generation that are slow whatever the machine: memory and kernels are prepared.
+_NUM_FIRST_STEPS = 3
 _SOCKET_BYTES = 8 * 2**20
 
 
@@ -140,6 +144,7 @@ def _run(spec: WorkerSpec, *, link: AgentLink, fds: list[int], plan_json: str, l
             state_source=state_source,
             checkpoint_risk=CheckpointRisk(**spec.checkpoint_risk) if spec.checkpoint_risk else None,
             on_progress=link.tick,
+            on_own_time=OwnTimes(link).add,
         ),
         clock=clock,
     )
@@ -165,6 +170,28 @@ class AgentLink:
     def tick(self) -> None:
         """Note progress, for hang detection."""
         self.status[StatusField.PROGRESS_NS] = time.monotonic_ns()
+
+
+class OwnTimes:
+    """Publishes the median time of this rank's own work, once every `WINDOW_STEPS` steps."""
+
+    def __init__(self, link: AgentLink) -> None:
+        self._link, self._num_skipped, self._num_steps = link, 0, 0
+        self._times: list[float] = []
+
+    def add(self, seconds: float, device_name: str) -> None:
+        """Note the time of a step; the first ones of a generation, which fill caches, are left out."""
+        if self._num_skipped < _NUM_FIRST_STEPS:
+            self._num_skipped += 1
+            return
+        if not self._num_steps:
+            self._link.send("device", device_name)
+        self._times.append(seconds)
+        self._num_steps += 1
+        if len(self._times) == WINDOW_STEPS:
+            self._link.status[StatusField.OWN_NS] = int(median(self._times) * 1e9)
+            self._link.status[StatusField.OWN_STEPS] = self._num_steps
+            self._times.clear()
 
 
 class AgentReporter:
