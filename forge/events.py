@@ -237,6 +237,15 @@ class RankHung:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MixedDevices:
+    """The ranks of a generation run on different kinds of device, and every step takes as long as the slowest's."""
+
+    generation: int
+    num_ranks: Mapping[str, int]
+    """Number of ranks by the name of their GPU or processor."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StragglerDetected:
     """A node whose own work takes longer than that of the others, again and again; all ranks wait for it."""
 
@@ -621,6 +630,7 @@ Event = (
     | KilledForMemory
     | ForkServerFailed
     | RankHung
+    | MixedDevices
     | StragglerDetected
     | GenerationStarting
     | GenerationStarted

@@ -9,6 +9,7 @@ a wrong signal cannot move the whole run.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
@@ -17,7 +18,7 @@ from forge.elastic.placement import Placement
 from forge.elastic.rpc import Message
 from forge.elastic.states import MembershipState, Phase
 from forge.elastic.straggler_detector import Straggler, StragglerDetector
-from forge.events import Event, StragglerDetected
+from forge.events import Event, MixedDevices, StragglerDetected
 
 NOTICE_S = 30.0
 """Between the decision to replace a node and its end, as for an on-demand machine that is returned."""
@@ -61,6 +62,8 @@ class StragglerWatch:
         self._detector = StragglerDetector()
         self._generation = 0
         self._devices: dict[str, str] = {}
+        self._mixture: Counter[str] = Counter()
+        self._is_mixture_known = False
         self._recorded: dict[str, str] = {}
         """Machine → the action that was recorded last."""
         self._replaced = {machine_of(node) for node in terms.replaced}
@@ -72,6 +75,7 @@ class StragglerWatch:
         if state.generation != self._generation:
             self._generation = state.generation
             self._detector.begin_generation()
+            self._is_mixture_known = False
         self._devices[node] = heartbeat["device"]
         for rank, own_ns, num_steps in heartbeat["own_times"]:
             self._detector.update(rank, own_s=own_ns / 1e9, num_steps=num_steps)
@@ -80,6 +84,7 @@ class StragglerWatch:
         """Record new stragglers. Returns: the nodes to be replaced, as if a notice had come for them."""
         if state.phase is not Phase.TRAINING or state.is_stopping or state.generation != self._generation:
             return []
+        self._record_mixed(state)
         leaving = []
         for straggler in self._detector.find(state.assignment, devices=self._devices, now=now):
             node = straggler.node
@@ -91,6 +96,17 @@ class StragglerWatch:
                 self._replaced.add(machine_of(node))
                 leaving.append(node)
         return leaving
+
+    def _record_mixed(self, state: MembershipState) -> None:
+        """Record, once per mixture, that the ranks run on several kinds of device."""
+        if self._is_mixture_known:
+            return
+        kinds = Counter(self._devices.get(node, "") for node in state.assignment)
+        self._is_mixture_known = "" not in kinds
+        if len(kinds) < 2 or "" in kinds or kinds == self._mixture:
+            return
+        self._mixture = kinds
+        self._record_event(MixedDevices(generation=state.generation, num_ranks=dict(kinds)))
 
     def _record(self, straggler: Straggler, decision: StragglerDecision, *, host: str) -> None:
         """Record a straggler when it is found, and when something else is done about it; ask for another node."""

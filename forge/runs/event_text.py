@@ -55,8 +55,8 @@ class EventDescriber:
                 )
             case "RankHung":
                 return _hang_text(event)
-            case "StragglerDetected":
-                return _straggler_text(event)
+            case "MixedDevices" | "StragglerDetected" as kind:
+                return _mixed_text(event) if kind == "MixedDevices" else _straggler_text(event)
             case "MembershipChangeStarted":
                 self._reason, self._members = event["reason"], set()
             case "WaitingForMachines":
@@ -110,6 +110,11 @@ def describe_start(event: Mapping[str, Any]) -> str:
 def _hang_text(event: Mapping[str, Any]) -> str:
     silent = format_duration(event["silent_s"])
     return f"no progress for {silent}, rank {event['rank']} is behind; every rank's log has its stacks"
+
+
+def _mixed_text(event: Mapping[str, Any]) -> str:
+    kinds = ", ".join(f"{count} on {name}" for name, count in sorted(event["num_ranks"].items()))
+    return f"the ranks run on different devices ({kinds}): a step takes as long as on the slowest kind"
 
 
 def _straggler_text(event: Mapping[str, Any]) -> str:

@@ -19,6 +19,7 @@ from forge.events import (
     CostUpdated,
     Event,
     GenerationStarting,
+    MixedDevices,
     NodeJoined,
     PreemptionNoticeReceived,
     StragglerDetected,
@@ -343,13 +344,14 @@ def _train_on_both(scene: Scene) -> None:
     scene.start_generation()
 
 
-def _slow_rounds(scene: Scene, *, count: int) -> None:
+def _slow_rounds(scene: Scene, *, count: int, device_of_b: str = "cpu") -> None:
     """Report that rank 1, on `b`, takes twice the time of rank 0, in so many windows."""
     generation = scene.supervisor.state.generation
     for number in range(count):
         for rank, name in enumerate(scene.supervisor.state.assignment):
             own_ns = 10**8 * (1 + (name == "b"))
-            heartbeat = {"report": "heartbeat", "generation": generation, "ranks": [], "device": "cpu"}
+            heartbeat = {"report": "heartbeat", "generation": generation, "ranks": []}
+            heartbeat["device"] = device_of_b if name == "b" else "cpu"
             heartbeat["own_times"] = [[rank, own_ns, WINDOW_STEPS * (number + 1)]]
             scene.supervisor.receive(scene.connections[name], heartbeat)
         for connection in scene.connections.values():
@@ -386,3 +388,14 @@ def test_straggler__replace_stragglers_is_false__named_once_and_kept() -> None:
         assert scene.supervisor.state.phase is Phase.TRAINING
 
     run_scene(script)
+
+
+def test_mixed_devices__said_once_and_the_slower_kind_is_no_straggler() -> None:
+    def script(scene: Scene) -> None:
+        _train_on_both(scene)
+        _slow_rounds(scene, count=2 * NUM_ROUNDS, device_of_b="A100")
+        mixed = [event.num_ranks for event in scene.recorded if isinstance(event, MixedDevices)]
+        assert mixed == [{"cpu": 1, "A100": 1}]
+        assert not any(isinstance(event, StragglerDetected) for event in scene.recorded)
+
+    run_scene(script, replaces_stragglers=True)

@@ -16,6 +16,7 @@ from forge.events import (
     KilledForMemory,
     MachinesChosen,
     MembershipChangeStarted,
+    MixedDevices,
     NodeJoined,
     NodeLeft,
     PreemptionNoticeReceived,
@@ -69,6 +70,10 @@ SLOW = StragglerDetected(
 )
 _IS_SLOW = "node 3f2a is slow: 2.0 times the other ranks' own work in a step (204ms against 100ms)"
 STRAGGLERS = [
+    (
+        MixedDevices(generation=1, num_ranks={"H100": 2, "A100": 1}),
+        "the ranks run on different devices (1 on A100, 2 on H100): a step takes as long as on the slowest kind",
+    ),
     (SLOW, f"{_IS_SLOW}; it stays: resources.replace_stragglers is false"),
     (replace(SLOW, action="replaced"), f"{_IS_SLOW}; another node takes its place"),
     (replace(SLOW, action="requested"), f"{_IS_SLOW}; another node is requested, and it works until then"),
