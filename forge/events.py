@@ -161,7 +161,8 @@ class WaitingForMachines:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeadlineForecast:
-    """Whether the run is done by `resources.deadline`: when that is first known, and when it changes."""
+    """Whether the run is done by `resources.deadline`, or before it has taken `resources.max_hours`: when that is
+    first known, and when it changes."""
 
     deadline: float
     """Seconds since the epoch, as is `ends_at`."""
@@ -175,6 +176,8 @@ class DeadlineForecast:
     """Of the job."""
     can_rent: bool
     """Whether the cluster rents spot and on-demand machines as the deadline needs them."""
+    limit: str = "deadline"
+    """Key in `resources`: `deadline` or `max_hours`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

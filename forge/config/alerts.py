@@ -14,7 +14,7 @@ from pydantic import Field, field_validator, model_validator
 from forge.config.resources import ResourcesSpec, TrackingSpec
 from forge.config.section import FieldError, Section, Strings
 
-AlertKind = Literal["loss_spike", "nan", "stalled", "budget", "preempted", "finished", "failed"]
+AlertKind = Literal["loss_spike", "nan", "stalled", "budget", "late", "preempted", "finished", "failed"]
 ALERT_KINDS: tuple[AlertKind, ...] = typing.get_args(AlertKind)
 _OF_SEARCHES = ("budget", "finished", "failed")
 """The other kinds are about the steps and machines of one run."""
@@ -39,7 +39,8 @@ class AlertsSpec(Section):
 
     on: Strings = ALERT_KINDS
     """What is worth a message: `loss_spike`, `nan`, `stalled`, `budget` (50, 80 and 100 % of `resources.max_usd` or
-    `search.max_usd`), `preempted`, `finished`, `failed`; by default all."""
+    `search.max_usd`), `late` (it ends after `resources.deadline` or `resources.max_hours`),
+    `preempted`, `finished`, `failed`; by default all."""
 
     def kinds(self, *, is_search: bool) -> frozenset[str]:
         """Return the kinds that are sent."""
@@ -93,6 +94,12 @@ def alert_problems(
     elif "budget" in alerts.on and not has_usd_limit:
         key = "search.max_usd" if is_search else "resources.max_usd"
         yield FieldError("alerts.on", f"has budget, but there is none: set {key}", depends_on=(key,))
+    elif "late" in alerts.on and resources.deadline is None and resources.max_hours is None:
+        keys = ("resources.deadline", "resources.max_hours")
+        yield FieldError("alerts.on", f"has late, but there is no limit: set {' or '.join(keys)}", depends_on=keys)
+    elif "late" in alerts.on and resources.engine != "elastic":
+        problem = "has late, which requires engine: elastic, whose supervisor compares the progress with the limit"
+        yield FieldError("alerts.on", problem, depends_on=("resources.engine",))
     elif "preempted" in alerts.on and resources.engine != "elastic":
         problem = "has preempted, which requires engine: elastic, whose supervisor records it"
         yield FieldError("alerts.on", problem, depends_on=("resources.engine",))

@@ -30,8 +30,9 @@ class ResourcesSpec(Section):
     stops. The price of every machine must be known: from the cloud, or `usd_per_hour` in the cluster file."""
 
     max_hours: float | None = Field(None, gt=0)
-    """Longest time that the run should take, in hours: `forge plan` names the cheapest machines that keep to it.
-    It stops nothing."""
+    """Longest time that the run should take, in hours, over all resumes and without the time between them: `forge
+    plan` names the cheapest machines that keep to it. It stops nothing; with `engine: elastic` the run says whether
+    it will keep to it, when that is first known and when it changes (docs/cost.md)."""
 
     deadline: DeadlineTime | None = None
     """When the run must be done: `48h` after its start, over all resumes, or a date `2026-12-01T18:00Z`. On a

@@ -1,7 +1,8 @@
 """Watches whether a run is done by its deadline, and rents machines accordingly where the cluster can rent any.
 
-Every minute the progress is compared with the deadline. A verdict that changes is an event. On a cluster with spot
-and on-demand machines, the policy of `forge.plan.deadline` chooses how many of each the run is to have:
+Every minute the progress is compared with the deadline. A verdict that changes is an event. `resources.max_hours`
+is watched in the same way: the run is to be done before it has run for so long. For a deadline, on a cluster with
+spot and on-demand machines, the policy of `forge.plan.deadline` chooses how many of each the run is to have:
 
     more of a kind    `MachineLimits` tells the autoscaler how many of each kind it may rent
     spot again        slots beyond the job's most are requested while on-demand machines fill in, so that spot
@@ -18,7 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Literal, Protocol
 
 from forge.elastic.agent_connections import AgentConnection
 from forge.elastic.placement import Placement
@@ -49,7 +50,7 @@ class MachineLimits(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeadlineTerms:
-    """A run and its deadline. Times in seconds since the epoch."""
+    """A run and when it must be done. Times in seconds since the epoch."""
 
     started_at: float
     """When the run was first started."""
@@ -60,6 +61,8 @@ class DeadlineTerms:
     """Workers times seconds of a step, as forecast; None if unknown."""
     overhead: float = 1.0
     """Time with evaluations and checkpoints, as a multiple of that of the steps."""
+    limit: Literal["deadline", "max_hours"] = "deadline"
+    """Key in `resources` that says when."""
 
 
 class DeadlineWatch:
@@ -153,6 +156,7 @@ class DeadlineWatch:
                 needed_workers=needed,
                 max_workers=terms.max_workers,
                 can_rent=self._machines is not None,
+                limit=terms.limit,
             )
         )
 

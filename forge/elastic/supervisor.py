@@ -70,7 +70,7 @@ class Supervisor:
         stored_step: int = 0,
         is_restarted: bool = False,
         losses: LossHistory | None = None,
-        deadline: DeadlineWatch | None = None,
+        deadlines: Sequence[DeadlineWatch] = (),
         stragglers: StragglerWatch | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -83,7 +83,7 @@ class Supervisor:
         stored_step: the newest step in durable storage.
         is_restarted: a supervisor ran before this one, and its agents may have running ranks.
         losses: with `checkpoint.every: auto`, what the run has lost so far.
-        deadline: with `resources.deadline`.
+        deadlines: of `resources.deadline` and `resources.max_hours`.
         stragglers: names nodes that slow the others down; None: nothing does.
         """
         self.state = replace(
@@ -93,7 +93,7 @@ class Supervisor:
             recovery_deadline=clock() + RECOVERY_S if is_restarted else None,
         )
         self._placement, self._record_event, self._meter, self._clock = placement, record_event, meter, clock
-        self._losses, self._deadline, self._stragglers = losses, deadline, stragglers
+        self._losses, self._deadlines, self._stragglers = losses, deadlines, stragglers
         self._stop_reason = ""
         self._connections = AgentConnections()
         self._has_started = is_restarted
@@ -138,15 +138,15 @@ class Supervisor:
             known.preempted_at is not None and preempted_at > known.preempted_at - _SAME_DEADLINE_S
         ):
             return
-        if self._deadline is None or not self._deadline.has_returned(node):  # a machine that forge itself gives up
+        if not any(watch.has_returned(node) for watch in self._deadlines):  # a machine that forge itself gives up
             self._record_event(events.PreemptionNoticeReceived(node=node, source=source, seconds_left=seconds_left))
         self.apply(states.PreemptionNotice(node=node, preempted_at=preempted_at))
 
     def close(self) -> None:
         """Shut down all agents."""
         self._connections.broadcast({"command": "shut_down"})
-        if self._deadline is not None:
-            self._deadline.close()
+        for watch in self._deadlines:
+            watch.close()
         self._tasks.cancel()
 
     # --- connections
@@ -310,8 +310,8 @@ class Supervisor:
             self.detach(connection, reason=f"no heartbeat for {now - connection.heard_at:.1f} s")
         self._check_progress(now)
         self._check_cost(now)
-        if self._deadline is not None:
-            self._deadline.check(
+        for watch in self._deadlines:
+            watch.check(
                 state=self.state,
                 connections=self._connections,
                 step=self._steps.last_step or self.state.stored_step,

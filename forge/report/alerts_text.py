@@ -26,5 +26,7 @@ def alert_facts(plan: DraftPlan) -> list[tuple[str, str]]:
         receivers.append("W&B")
     kinds = set(alerts.kinds(is_search=plan.job.search is not None))
     kinds -= {"budget"} if plan.job.usd_limit is None else set()
+    limits = (plan.job.resources.deadline, plan.job.resources.max_hours)
+    kinds -= {"late"} if limits == (None, None) or plan.job.resources.engine != "elastic" else set()
     kinds -= {"preempted"} if plan.job.resources.engine != "elastic" else set()
     return [("alerts", f"{', '.join(receivers)}: {', '.join(kind for kind in ALERT_KINDS if kind in kinds)}")]

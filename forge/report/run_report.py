@@ -25,6 +25,7 @@ from forge.report.run_forecast import forecast_rows
 from forge.report.run_scores import score_rows
 from forge.report.run_series import RunSeries, read_series
 from forge.report.text import change_rows, goodput_facts, headline, number, plan_facts, summary_facts
+from forge.report.time_limits import late_texts
 from forge.runs.annotations import read_annotations
 from forge.runs.goodput_report import BUCKETS, Bucket, GoodputReport
 from forge.runs.reader import RunSummary, failure_of, iter_metrics, read_plan, read_run
@@ -123,7 +124,7 @@ def render_run(run: RunSummary) -> str:
         scores=score_rows(newest_scores(read_scores(run.folder))),
         results=[fact for fact in summary_facts(run, goodput) if not fact[0].startswith("task ")],
         plan=plan_facts(run.plan),
-        warnings=run.plan.warnings,
+        warnings=[*late_texts(run).values(), *run.plan.warnings],
         environment=environment_facts(run),
         repeat="\n".join(harmless(line) for line in repeat_lines(run)),
         sample=sample,

@@ -19,8 +19,9 @@ from forge.report.forecast_text import forecast_facts
 from forge.report.hpz_text import hpz_facts
 from forge.report.optimizer_text import optimizer_facts
 from forge.report.score_text import score_text, tasks_text
+from forge.report.time_limits import deadline_facts
 from forge.report.trial_rows import shown
-from forge.runs.event_text import deadline_text, short, workers
+from forge.runs.event_text import short, workers
 from forge.runs.goodput_report import BUCKETS, GoodputReport
 from forge.runs.reader import RunSummary
 from forge.runs.scores import newest_scores, read_scores
@@ -234,7 +235,7 @@ def summary_facts(run: RunSummary, goodput: GoodputReport) -> list[tuple[str, st
     cost = run.newest("CostUpdated")
     if cost:
         facts.append(("cost", f"{cost['usd']:.2f} USD"))
-    facts += [("deadline", deadline_text(event))] if (event := run.newest("DeadlineForecast")) else []
+    facts += deadline_facts(run)
     saved = run.newest("CheckpointSaved")
     changed = run.newest("CheckpointIntervalChanged")
     every = f" (now every {format_duration(changed['seconds'])})" if changed else ""
@@ -309,6 +310,7 @@ def replay_facts(goodput: GoodputReport, *, num_added: int, num_removed: int) ->
 def goodput_facts(goodput: GoodputReport) -> list[tuple[str, str]]:
     """Describe the goodput of a run and what reduced it."""
     steps = f"{goodput.num_steps:,} new steps of {format_duration(goodput.ideal_step_s)}"
+    faster = "; above 100% because steps of fewer workers took less time" if goodput.goodput > 1 else ""
     happened = [
         counted(goodput.num_changes, "change"),
         counted(goodput.num_preemptions, "preemption"),
@@ -316,7 +318,7 @@ def goodput_facts(goodput: GoodputReport) -> list[tuple[str, str]]:
         f"{counted(goodput.num_repeated_steps, 'step')} repeated",
     ]
     return [
-        ("goodput", f"{number(goodput.goodput, '.1%')} ({steps} in {format_duration(goodput.wall_s)})"),
+        ("goodput", f"{number(goodput.goodput, '.1%')} ({steps} in {format_duration(goodput.wall_s)}){faster}"),
         ("nodes", f"{number(goodput.node_goodput, '.1%')} of the available node time was spent on new steps"),
         ("changes", ", ".join(happened)),
     ]

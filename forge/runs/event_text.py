@@ -6,6 +6,7 @@ continues.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -140,20 +141,29 @@ def workers(count: int) -> str:
 
 
 def deadline_text(event: Mapping[str, Any]) -> str:
-    """Say whether a run meets its deadline, and what would be needed."""
-    deadline, ends_at = event["deadline"], event["ends_at"]
+    """Say whether a run meets its deadline or keeps to its hours, and what would be needed."""
+    ends_at, date = event["ends_at"], format_date(event["deadline"])
     needed, now = event["needed_workers"], workers(event["num_workers"])
+    is_hours = event["limit"] == "max_hours"
     if needed is None:
         likely = "" if ends_at is None else f", likely until {format_date(ends_at)}"
-        return f"the deadline {format_date(deadline)} has passed at step {event['step']}; the run goes on{likely}"
-    if ends_at is not None and ends_at <= deadline:
-        early = format_duration(deadline - ends_at)
-        return f"with {now} the run ends {early} before its deadline {format_date(deadline)}"
-    late = "" if ends_at is None else f"{format_duration(ends_at - deadline)} "
-    text = f"with {now} the run ends {late}after its deadline {format_date(deadline)}; {workers(needed)} are needed"
+        passed = f"resources.max_hours were over ({date})" if is_hours else f"the deadline {date} has passed"
+        return f"{passed} at step {event['step']}; the run goes on{likely}"
+    end = f"resources.max_hours are over ({date})" if is_hours else f"its deadline {date}"
+    spare_s = math.inf if ends_at is None else (event["deadline"] or 0.0) - ends_at
+    if 0 <= spare_s < math.inf:
+        return f"with {now} the run ends {format_duration(spare_s)} before {end}"
+    late = "" if ends_at is None else f"{format_duration(-spare_s)} "
+    text = f"with {now} the run ends {late}after {end}; {workers(needed)} are needed"
     if needed > event["max_workers"]:
         return f"{text}, more than the {event['max_workers']} of resources.workers"
     return text if event["can_rent"] else f"{text}: add machines to the cluster"
+
+
+def is_late(event: Mapping[str, Any]) -> bool:
+    """Whether a `DeadlineForecast` says that the run is not done in time."""
+    ends_at = event["ends_at"]
+    return event["needed_workers"] is None or ends_at is None or ends_at > (event["deadline"] or 0.0)
 
 
 def _machines_text(event: Mapping[str, Any]) -> str:

@@ -11,7 +11,8 @@ import dataclasses
 import sys
 import typing
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -99,6 +100,17 @@ class RecordReader:
         if self._num_values > MAX_EVENT_VALUES:
             raise ValueError(f"{EVENTS} has more than {MAX_EVENT_VALUES} values")
         return event_record(line)
+
+
+def seconds_run(events: Iterable[Mapping[str, Any]]) -> float:
+    """How long a run or search has run, added up over its resumptions."""
+    total, began = 0.0, None
+    for before, event in pairwise(events):
+        if before["event"] == "RunStarted":
+            began = before["time"]
+        if began is not None and event["event"] != "RunStarted":
+            total += event["time"] - before["time"]
+    return total
 
 
 def event_record(line: bytes) -> Record | None:

@@ -9,18 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import ray
 
-from forge.cluster.cloud.machine_limits import find_limits
 from forge.elastic.agent_config import AgentConfig
-from forge.elastic.deadline_watch import DeadlineTerms, DeadlineWatch
 from forge.elastic.loss_history import LossHistory
 from forge.elastic.states import MembershipState
 from forge.elastic.straggler_watch import REPLACING, StragglerTerms, StragglerWatch
@@ -28,6 +23,7 @@ from forge.elastic.supervisor import Supervisor
 from forge.events import Event
 from forge.plan.plan import Plan, plan_from_json
 from forge.pricing.budget import CostMeter
+from forge.runtime.deadlines import watch_deadlines
 from forge.runtime.placement import Allocation, PlacementManager
 from forge.runtime.start_agent import AgentHandle
 
@@ -77,7 +73,9 @@ class SupervisedRun:
             stored_step=int(largest_recorded(history, "CheckpointSaved", "step")),
             is_restarted=is_restarted,
             losses=LossHistory(history) if self.plan.job.checkpoint.every == "auto" else None,
-            deadline=self._deadline_watch(history, placement=placement, record_event=record_event),
+            deadlines=tuple(
+                watch_deadlines(self.plan, folder=history.parent, placement=placement, record_event=record_event)
+            ),
             stragglers=StragglerWatch(
                 StragglerTerms(
                     replaces=self.plan.job.resources.replace_stragglers,
@@ -90,33 +88,6 @@ class SupervisedRun:
         )
         self.endpoint = self.supervisor.listen(
             host=ray.util.get_node_ip_address(), secret=bytes.fromhex(config.secret)
-        )
-
-    def _deadline_watch(
-        self, history: Path, *, placement: PlacementManager, record_event: Callable[[Event], None]
-    ) -> DeadlineWatch | None:
-        deadline = self.plan.job.resources.deadline
-        if deadline is None:
-            return None
-        first, last = recorded_ends(history, "DeadlineForecast")
-        started_at = float(first["time"]) if first is not None else time.time()
-        worlds = self.plan.forecast.worlds if self.plan.forecast is not None else ()
-        world, steps_s = (worlds[-1], worlds[-1].step_s * self.plan.total_steps) if worlds else (None, 1.0)
-        return DeadlineWatch(
-            DeadlineTerms(
-                started_at=started_at,
-                deadline_at=deadline.at_s(start=started_at),
-                total_steps=self.plan.total_steps,
-                max_workers=self.plan.job.resources.workers.high,
-                step_worker_s=world.step_s * world.world_size if world is not None else None,
-                overhead=1 + (world.evaluation_s + world.tasks_s + world.checkpoint_s) / steps_s
-                if world is not None
-                else 1.0,
-            ),
-            placement=placement,
-            record_event=record_event,
-            machines=find_limits(Path(self.config.run_folder).name, home=Path.home()),
-            was_met=None if last is None else (last["ends_at"] or math.inf) <= last["deadline"],
         )
 
     def agent_config(self, name: str, allocation: Allocation, *, num_cores: int) -> AgentConfig:
@@ -203,19 +174,6 @@ def resource_on(node_id: str, *, resource: str) -> int:
 def is_restarted_actor() -> bool:
     """Whether Ray has restarted the actor that this process runs."""
     return bool(ray.get_runtime_context().was_current_actor_reconstructed)
-
-
-def recorded_ends(history: Path, kind: str) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-    """Return the first record of `events.jsonl`, and the last event of a kind."""
-    first: dict[str, Any] | None = None
-    last: dict[str, Any] | None = None
-    with contextlib.suppress(OSError), history.open() as lines:
-        for line in lines:
-            with contextlib.suppress(ValueError, KeyError, TypeError):
-                record = json.loads(line)
-                first = first or {"time": float(record["time"])}
-                last = record if record["event"] == kind else last
-    return first, last
 
 
 def replaced_stragglers(history: Path) -> tuple[str, ...]:

@@ -14,7 +14,6 @@ import os
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from forge.plan.plan import Plan, plan_to_json
 from forge.plan.search import SearchPlan
 from forge.pricing.budget import CostLimits, CostMeter, read_price
 from forge.runs.reader import read_run
+from forge.runs.records import seconds_run
 from forge.runs.secrets import credentials
 from forge.runs.trials import Trial, TrialTable
 from forge.runtime.actor_names import HEAD, NAMESPACE
@@ -359,17 +359,6 @@ def remove_groups(search_id: str) -> None:
         if entry["name"].startswith(f"forge-{search_id}.") and entry["state"] != "REMOVED":
             with contextlib.suppress(ValueError):  # it was removed in between
                 remove_placement_group(ray.util.get_placement_group(entry["name"]))
-
-
-def seconds_run(events: Sequence[Mapping[str, Any]]) -> float:
-    """How long a search has run, added up over its resumptions."""
-    total, began = 0.0, None
-    for before, event in pairwise(events):
-        if before["event"] == "RunStarted":
-            began = before["time"]
-        if began is not None and event["event"] != "RunStarted":
-            total += event["time"] - before["time"]
-    return total
 
 
 def _search_plan(plan: Plan) -> SearchPlan:

@@ -24,6 +24,7 @@ from forge.report.run_series import SeriesBuilder
 from forge.report.search_summary import search_summary
 from forge.report.search_tiles import search_headline, search_tiles
 from forge.report.text import change_rows, goodput_facts, headline, summary_facts
+from forge.report.time_limits import late_texts
 from forge.report.trial_rows import select_trials, trial_rows
 from forge.runs.glance import is_rewritten, stamps_of
 from forge.runs.goodput import GoodputTracker, moment
@@ -88,7 +89,10 @@ class RunView:
             status = "finished early" if run.is_stopped_early else run.status
             common: dict[str, dict[str, list[str]]] = {
                 "status": {"status": [status]},
-                "problem": {} if failure is None else {"failure": [str(failure)]},
+                "problem": {
+                    **({} if failure is None else {"failure": [str(failure)]}),
+                    **{limit: [text] for limit, text in late_texts(run).items()},
+                },
                 "events": {f"{number}": [line] for number, line in self._lines},
                 "alerts": self._alerts.rows(limit=MAX_ALERTS),
             }

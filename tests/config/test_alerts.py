@@ -110,6 +110,13 @@ def test_webhook__written_into_the_file__is_refused_but_for_loopback(tmp_path: P
             "tracking.wandb.mode is disabled",
             None,
         ),
+        ("alerts: {wandb: true, on: [late]}", "alerts.on", "set resources.deadline or resources.max_hours", None),
+        (
+            "alerts: {wandb: true, on: [late]}\nresources: {engine: ray-train, max_hours: 3}",
+            "alerts.on",
+            "requires engine: elastic",
+            None,
+        ),
         (
             "alerts: {wandb: true, on: [preempted]}\nresources: {engine: ray-train}",
             "alerts.on",

@@ -130,6 +130,13 @@ def test_check__deadline_has_passed__is_said_once_and_no_more_workers_help() -> 
     assert [needed for _, needed in run.verdicts] == [None]
 
 
+def test_check__hours_of_the_run__name_their_limit() -> None:
+    run = Run(replace(TERMS, limit="max_hours"))
+    run.check(1, step=50, nodes="n1 n2")
+    (event,) = run.events
+    assert isinstance(event, DeadlineForecast) and (event.limit, event.needed_workers) == ("max_hours", 4)
+
+
 def test_check__restarted_supervisor__does_not_repeat_the_verdict() -> None:
     run = Run(was_met=True)
     run.check(1, step=125, nodes="n1 n2 n3 n4")

@@ -97,6 +97,15 @@ DEADLINES = [
         "UTC",
     ),
     (
+        replace(OUTLOOK, limit="max_hours"),
+        "with 2 workers the run ends 10m 00s before resources.max_hours are over (2026-12-01 18:00 UTC)",
+    ),
+    (
+        replace(OUTLOOK, ends_at=DUE + 600, needed_workers=None, limit="max_hours"),
+        "resources.max_hours were over (2026-12-01 18:00 UTC) at step 9; the run goes on, likely until 2026-12-01 "
+        "18:10 UTC",
+    ),
+    (
         replace(OUTLOOK, ends_at=None, num_workers=0, needed_workers=None),
         "the deadline 2026-12-01 18:00 UTC has passed at step 9; the run goes on",
     ),

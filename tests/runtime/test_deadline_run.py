@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import json
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from forge.runtime.supervised_run import recorded_ends
+from forge.elastic.states import MemberNode, MembershipState
+from forge.events import DeadlineForecast, Event
+from forge.runtime.deadlines import recorded_ends, watch_deadlines
+from forge.ui.run_view import RunView
 from tests.support.command import environment, forge
 from tests.support.elastic import write_job
+from tests.support.jobs import tiny_plan
+from tests.support.pages import own_text
+from tests.support.placement import FixedPlacement
+from tests.support.runs import History
 
 STEPS = 60
 
@@ -44,6 +53,29 @@ def test_recorded_ends__first_record_and_last_event_of_a_kind(tmp_path: Path) ->
     lines = [json.dumps({"time": float(at), "event": kind}) for at, kind in enumerate(kinds, start=5)]
     history.write_text("\n".join(["not json", "[]", *lines, '{"time": 1']))
     assert recorded_ends(history, "B") == ({"time": 5.0}, {"time": 7.0, "event": "B"})
+    assert recorded_ends(history, "B", limit="deadline")[1] == {"time": 7.0, "event": "B"}
+    assert recorded_ends(history, "B", limit="max_hours")[1] is None
+
+
+def test_watch_deadlines__resumed_run__counts_the_hours_that_it_ran(tmp_path: Path) -> None:
+    history = History(began=time.time() - 86_400)
+    history.start()
+    history.spend(3600.0, "training")
+    history.stop()
+    history.spend(36_000.0, "other")  # between the sessions
+    history.start()
+    folder = history.write(tmp_path, "run")
+    plan = tiny_plan(resources={"max_hours": 3, "deadline": "48h"})
+    events: list[Event] = []
+    deadline, hours = watch_deadlines(plan, folder=folder, placement=FixedPlacement(1), record_event=events.append)
+    state = MembershipState(min_workers=1, max_workers=4)
+    state = replace(state, nodes={"a": MemberNode(num_slots=1, is_ready=True)}, assignment=("a",))
+    for watch in (deadline, hours):
+        watch.check(state=state, connections={}, step=1, step_worker_s=3600.0)
+    found = {event.limit: event for event in events if isinstance(event, DeadlineForecast)}
+    assert found["deadline"].deadline == pytest.approx(history.events[0]["time"] + 48 * 3600)
+    assert found["max_hours"].deadline == pytest.approx(time.time() + 2 * 3600, abs=60)
+    assert found["max_hours"].needed_workers == 3  # 5 steps of one hour are left, and 2 hours
 
 
 @pytest.mark.slow
@@ -66,3 +98,26 @@ def test_train__deadline_and_auto_interval__are_watched_and_survive_a_resume(hom
     assert "has passed" in said
     shown = forge("runs", "show", run["folder"], cwd=home, env=environment(home)).stdout
     assert "the run goes on" in shown
+
+
+@pytest.mark.slow
+def test_train__longer_than_max_hours__warns_alerts_and_goes_on(home: Path) -> None:
+    page = home / "page"
+    page.write_text(f"#!/bin/sh\ncat >> {home / 'pages.jsonl'}\n")
+    page.chmod(0o755)
+    alerts = f"alerts={{command: [{page}], on: [late]}}"
+    run, said = train(home, "job.yaml", "--set", "resources.max_hours=2", "--set", alerts)
+    folder = home / run["folder"]
+    assert "before resources.max_hours are over" in said
+    (kept,) = events_of(folder, "DeadlineForecast")
+    assert (kept["limit"], kept["can_rent"]) == ("max_hours", False)
+    assert kept["deadline"] - kept["time"] == pytest.approx(7200, abs=120)
+    longer = ("--set", f"training.total_steps={2 * STEPS}", "--set", "resources.max_hours=0.0005")
+    again, said = train(home, "--resume", run["folder"], *longer)
+    assert again["step"] == 2 * STEPS
+    assert "resources.max_hours were over" in said and "the run goes on" in said
+    (message,) = [json.loads(line) for line in (home / "pages.jsonl").read_text().splitlines()]
+    assert message["kind"] == "late" and "resources.max_hours were over" in message["text"]
+    page_text = own_text(folder / "report.html")
+    assert 'class="card warn">resources.max_hours were over' in page_text and "delivered to command" in page_text
+    assert "resources.max_hours were over" in RunView(folder).state()["problem"]["max_hours"][0]

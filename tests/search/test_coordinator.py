@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from forge.search.coordinator import seconds_run, share_of
+from forge.runs.records import seconds_run
+from forge.search.coordinator import share_of
 
 
 @pytest.mark.parametrize("num_trials", [1, 2, 3, 8, 40])

@@ -24,7 +24,7 @@ RETRY_S = (2.0, 10.0, 60.0, 300.0)
 """Pauses between the attempts to send a message."""
 PAUSE_S = 600.0
 """Least time between two messages of one of these kinds; the others are rare by themselves."""
-_REPEATED = frozenset({"loss_spike", "nan", "stalled", "preempted"})
+_REPEATED = frozenset({"loss_spike", "nan", "stalled", "late", "preempted"})
 _LAST_RETRY_S = 2.0
 """Of a run that is over."""
 

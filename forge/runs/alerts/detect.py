@@ -16,7 +16,7 @@ from typing import Any
 
 from forge.config.alerts import AlertKind
 from forge.runs.alerts.loss_spike import NUM_STEPS, LossSpikes
-from forge.runs.event_text import short
+from forge.runs.event_text import deadline_text, is_late, short
 from forge.units import format_duration
 
 BUDGET_SHARES = (0.5, 0.8, 1.0)
@@ -95,6 +95,8 @@ class AlertDetector:
                 self._waiting = ""
             case "CostUpdated":
                 yield from self._budget(record["usd"], at=at)
+            case "DeadlineForecast" if is_late(record):
+                yield self._alert("late", short(deadline_text(record)), at=at)
             case "RankHung":
                 silent = format_duration(record["silent_s"])
                 yield self._alert("stalled", f"rank {record['rank']} hung for {silent}{self._where()}", at=at)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from forge.events import (
     CostUpdated,
+    DeadlineForecast,
     Event,
     GenerationStarting,
     MembershipChangeStarted,
@@ -90,6 +92,18 @@ def test_budget__at_each_share__is_one_alert() -> None:
     assert not alerts_of(*costs)
     (half,) = alerts_of(costs[1], max_usd=10.0, noun="search")
     assert half.text == "the search has cost 5.00 USD, 50% of search.max_usd (10.00 USD)"
+
+
+def test_forecast__of_an_end_after_the_limit__is_late() -> None:
+    forecast = DeadlineForecast(
+        deadline=7200.0, ends_at=3600.0, step=1, num_workers=1, needed_workers=1, max_workers=1, can_rent=False,
+        limit="max_hours",
+    )  # fmt: skip
+    found = alerts_of(forecast, replace(forecast, ends_at=9000.0), replace(forecast, needed_workers=None))
+    assert [(alert.kind, alert.text.split(" (")[0]) for alert in found] == [
+        ("late", "with 1 worker the run ends 30m 00s after resources.max_hours are over"),
+        ("late", "resources.max_hours were over"),
+    ]
 
 
 def test_membership_change__after_a_loss_or_notice__is_a_preemption() -> None:
