@@ -855,3 +855,45 @@ def test_recovery__stop_requested__running_generation_found_first() -> None:
 
 def test_recovery__yield_requested__ignored() -> None:
     assert restarted().on(YieldRequested()) == []
+
+
+# --- the plan's spare workers and groups of ranks
+
+
+def slots(name: str, count: int, **more: Any) -> AgentAttached:
+    return came(name, num_slots=count, **more)
+
+
+def test_start__spare_workers_by_the_plan__get_no_rank() -> None:
+    run = waiting(low=4, high=8, num_spare={5: 1, 7: 3}, group_sizes={4: 4})
+    actions = run.on(slots("a", 5))
+    assert actions == [replace(start(1, *"aaaa"), num_spare=1)]
+    run.on(GenerationReady(generation=1))
+    run.on(slots("b", 2))
+    assert run.after(10) == []  # seven slots have no more ranks than five
+    run.on(slots("c", 1))
+    actions = run.after(10)
+    assert any(isinstance(action, DrainGeneration) for action in actions)
+
+
+def test_start__groups__nodes_with_whole_groups_come_first() -> None:
+    run = waiting(low=6, high=6, group_sizes={6: 2})
+    run.on(slots("a", 3))
+    (started,) = run.on(slots("b", 4))
+    assert isinstance(started, StartGeneration)
+    assert started.assignment == (*"bbbb", *"aa")
+    assert started.num_split_groups == 0
+
+
+def test_start__groups_that_no_node_holds__are_counted_as_split() -> None:
+    run = waiting(low=6, high=6, group_sizes={6: 2})
+    run.on(slots("a", 3))
+    (started,) = run.on(slots("b", 3))
+    assert isinstance(started, StartGeneration)
+    assert (started.assignment, started.num_split_groups) == ((*"aaa", *"bbb"), 1)
+
+
+def test_start__minimum_while_slots_are_released__has_no_spare_worker() -> None:
+    run = waiting(low=4, high=8, num_spare={5: 1}, yield_until=1000.0)
+    actions = run.on(slots("a", 5, num_guaranteed=4))
+    assert actions[0] == start(1, *"aaaa")
