@@ -178,12 +178,14 @@ def bytes_moved(work: StepWork) -> BytesMoved:
     """Return the bytes that each rank sends in a step.
 
     Stage 3 gathers the weights for the forward and the backward pass of each micro-batch and reduces its
-    gradients; stage 2 reduces the gradients of each micro-batch; stages 0 and 1 reduce once in a step. Stages 1 and
-    2 gather the updated weights once; stage 0 sends the sums of the gradients back instead. With hpZ the first
-    forward pass of a step alone gathers from all ranks; the other 2μ - 1 passes of μ micro-batches gather within
-    the group.
+    gradients. At stages 0 to 2 DeepSpeed reduces gradients by all-reduce, which sends twice their bytes
+    (`use_multi_rank_bucket_allreduce`): at stage 2 those of each micro-batch, at 0 and 1 once in a step; stages 1
+    and 2 gather the updated weights once. With hpZ the first forward pass of a step alone gathers from all ranks;
+    the other 2μ - 1 passes of μ micro-batches gather within the group. At stage 3 a model of less than about 1e9
+    parameters moves less, since DeepSpeed keeps weights between passes (`stage3_max_live_parameters`).
 
-    Source: ZeRO, arXiv 1910.02054, section 7; hpZ: ZeRO++, arXiv 2306.10209, section 3.2.
+    Source: ZeRO, arXiv 1910.02054, section 7; hpZ: ZeRO++, arXiv 2306.10209, section 3.2; the bytes of every stage
+    are counted by tests/train/test_traffic.py.
     """
     micro_batches, group = work.num_micro_batches, work.hpz_partition_size
     share = (work.world_size - 1) / work.world_size
@@ -194,8 +196,8 @@ def bytes_moved(work: StepWork) -> BytesMoved:
         )
     moved = {
         0: 2 * work.gradient_bytes,
-        1: work.gradient_bytes + work.weight_bytes,
-        2: micro_batches * work.gradient_bytes + work.weight_bytes,
+        1: 2 * work.gradient_bytes + work.weight_bytes,
+        2: 2 * micro_batches * work.gradient_bytes + work.weight_bytes,
         3: micro_batches * (work.gradient_bytes + 2 * work.weight_bytes),
     }[work.stage]
     return BytesMoved(of_all=share * moved, in_groups=0.0)

@@ -75,8 +75,8 @@ def test_estimate__llama_8b_of_another_source__between_its_two_measurements_or_n
     ("stage", "micro_batches", "volumes"),
     [
         (0, 4, 2),  # all-reduce once
-        (1, 4, 2),  # reduce-scatter and all-gather once
-        (2, 4, 5),  # reduce-scatter 4 times, all-gather once
+        (1, 4, 3),  # all-reduce and all-gather once
+        (2, 4, 9),  # all-reduce 4 times, all-gather once
         (3, 4, 12),  # gather twice and reduce once, 4 times
     ],
 )
