@@ -105,6 +105,7 @@ def sizing_record(run: SizedRun, *, notes: Sequence[str]) -> dict[str, Any]:
         "micro_batch_size": run.batch.micro_batch_size,
         "learning_rate": run.learning_rate,
         "zero_stage": run.training.zero.stage,
+        "hpz_partition_size": run.hpz_partition_size,
         "activation_checkpointing": run.training.activation_checkpointing,
         "machines": run.machines.name,
         "gpu": run.machines.gpu.name,
@@ -169,7 +170,8 @@ def _engine(run: SizedRun) -> str:
     batch = run.batch
     recomputed = ", activations recomputed" if run.training.activation_checkpointing else ""
     accumulated = f"micro-batch {batch.micro_batch_size} x {batch.gradient_accumulation_steps}"
-    return f"ZeRO {run.training.zero.stage}, {accumulated}{recomputed}"
+    groups = f", hpZ groups of {run.hpz_partition_size}" if run.hpz_partition_size > 1 else ""
+    return f"ZeRO {run.training.zero.stage}{groups}, {accumulated}{recomputed}"
 
 
 def _loss(law: ScalingLaw, scale: ModelScale) -> str:

@@ -16,6 +16,7 @@ from typing import Literal
 from forge.config.training import TrainingSpec
 from forge.errors import PlanError
 from forge.plan.batch import BatchPlan, plan_batch
+from forge.plan.inputs import ModelInfo
 from forge.plan.llama_shape import LlamaShape, llama_shape
 from forge.plan.machines import Machines
 from forge.plan.memory import MemoryEstimate, estimate_memory, max_micro_batch_size, num_copies_in_memory
@@ -23,6 +24,7 @@ from forge.plan.parameter_groups import OptimizerState
 from forge.plan.scaling import BESIROGLU, ModelScale, ScalingLaw, batch_and_rate, bisect_log
 from forge.plan.step_work import step_work
 from forge.plan.throughput import Estimate, estimate_step, with_uncertainty
+from forge.plan.world_size import LEAST_GAIN
 
 PATIENCE_HOURS = 14 * 24.0
 """Machines are added until a run takes no longer, if their number is not given."""
@@ -30,7 +32,8 @@ _LEAST_FLOPS = 1e6
 _LEAST_SHARE = 1e-4
 """Of the peak of the GPUs, that a run uses."""
 _ENGINES = ((2, False), (3, False), (2, True), (3, True))
-"""ZeRO stage, and whether activations are recomputed; of those that fit, the fastest is taken."""
+"""ZeRO stage, and whether activations are recomputed; of those that fit, the fastest is taken, at stage 3 with the
+groups of hpZ that `plan_world_size` chooses."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,6 +76,8 @@ class SizedRun:
     batch: BatchPlan
     tokens_per_s: Estimate
     """Of all GPUs together."""
+    hpz_partition_size: int = 1
+    """GPUs in a group of hpZ; 1: no groups."""
 
     @property
     def scale(self) -> ModelScale:
@@ -185,25 +190,53 @@ def _run_with(flops: float, *, goal: Goal, machines: Machines) -> SizedRun | Non
     ]
     if not options:
         return None
-    training, batch, rate = max(options, key=lambda option: option[2])
+    best = max(options, key=lambda option: option.tokens_per_s)
     return SizedRun(
         goal=goal,
         machines=machines,
         shape=shape,
         num_tokens=max(rows * goal.seq_len, round(num_tokens)),
         learning_rate=float(f"{advice.learning_rate:.2g}"),
-        training=training,
-        batch=batch,
-        tokens_per_s=with_uncertainty(rate * world_size, gpu=machines.gpu),
+        training=best.training,
+        batch=best.batch,
+        tokens_per_s=with_uncertainty(best.tokens_per_s * world_size, gpu=machines.gpu),
+        hpz_partition_size=best.hpz_partition_size,
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Engine:
+    """Settings of DeepSpeed that fit."""
+
+    training: TrainingSpec
+    batch: BatchPlan
+    hpz_partition_size: int
+    tokens_per_s: float
+    """Of one GPU."""
 
 
 def _engine(
     stage: int, recomputes: bool, *, rows: int, shape: LlamaShape, goal: Goal, machines: Machines
-) -> tuple[TrainingSpec, BatchPlan, float] | None:
-    """The settings of a ZeRO stage and the tokens/s of one GPU; None if they do not fit."""
+) -> _Engine | None:
+    """The settings of a ZeRO stage, with the machine's GPUs as groups of hpZ if that is clearly faster; None if
+    they do not fit."""
     training = _settings(stage, recomputes=recomputes, rows=rows)
-    model = shape.model_info()
+    fitting = partial(_fitting_engine, training, rows=rows, model=shape.model_info(), goal=goal, machines=machines)
+    plain = fitting(hpz_partition_size=1)
+    size = machines.interconnect.gpus_per_node
+    # Groups take memory: where nothing fits without them, nothing fits with them.
+    if plain is None or stage != 3 or size == 1 or machines.num_gpus <= size:
+        return plain
+    grouped = fitting(hpz_partition_size=size)
+    # As in `plan_world_size`: a step that is shorter by less is not worth their memory.
+    is_faster = grouped is not None and plain.tokens_per_s < (1 - LEAST_GAIN) * grouped.tokens_per_s
+    return grouped if is_faster else plain
+
+
+def _fitting_engine(
+    training: TrainingSpec, *, rows: int, model: ModelInfo, goal: Goal, machines: Machines, hpz_partition_size: int
+) -> _Engine | None:
+    """The largest micro-batch and its speed; None if not even one sequence fits."""
     world_size = machines.num_gpus
     state = OptimizerState(sharded_bytes=8 * model.num_parameters, replicated_bytes=0)  # AdamW
 
@@ -216,14 +249,26 @@ def _engine(
         is_on_host=False,
         state=state,
         num_copies=num_copies_in_memory(engine="elastic", world_size=world_size),
+        hpz_partition_size=hpz_partition_size,
     )
     memory_bytes = machines.gpu.memory_gib * 2**30
     micro = max_micro_batch_size(training, estimate=need, memory_bytes=memory_bytes)
     batch = plan_batch(rows, world_size=world_size, max_micro_batch_size=micro)
     if not need(micro_batch_size=batch.micro_batch_size).fits(memory_bytes):
         return None
-    work = step_work(model, training, seq_len=goal.seq_len, batch=batch, state=state, gpu=machines.gpu)
-    return training, batch, estimate_step(work, gpu=machines.gpu, interconnect=machines.interconnect).tokens_per_s
+    work = step_work(
+        model,
+        training,
+        seq_len=goal.seq_len,
+        batch=batch,
+        state=state,
+        gpu=machines.gpu,
+        hpz_partition_size=hpz_partition_size,
+    )
+    step = estimate_step(work, gpu=machines.gpu, interconnect=machines.interconnect)
+    return _Engine(
+        training=training, batch=batch, hpz_partition_size=hpz_partition_size, tokens_per_s=step.tokens_per_s
+    )
 
 
 @cache

@@ -10,11 +10,14 @@ import pytest
 from forge.config.dump import dump_plain
 from forge.config.load import load_job_text
 from forge.errors import PlanError
+from forge.plan.forecast import gpu_hardware
 from forge.plan.machines import Machines, offered_machines
+from forge.plan.plan import make_plan
 from forge.plan.scaling import BESIROGLU
 from forge.plan.sized_job import BASE_JOB, job_comment, require_sizable, sized_job, vocab_size_of
 from forge.plan.sizing import PATIENCE_HOURS, Goal, Limit, patient_run, size_run
 from forge.pricing.offer import Offer
+from tests.support.jobs import UNPREPARED
 
 H100 = Offer(
     cloud="aws",
@@ -65,6 +68,25 @@ def test_hours__given_gpus__kept_to() -> None:
     assert run is not None
     assert 21 <= run.hours.likely <= 24.3
     assert run.tokens_per_s.low < run.tokens_per_s.likely < run.tokens_per_s.high
+
+
+@pytest.mark.parametrize(("gbps", "num_gpus", "size"), [(25, 16, 8), (1e6, 16, 1), (25, 8, 1)])
+def test_hours__slow_network__groups_of_hpz_as_the_plan_of_the_job(gbps: float, num_gpus: int, size: int) -> None:
+    offer = dataclasses.replace(H100, inter_node_gbps=gbps)
+    ((machines,),) = offered_machines([offer], spot=False, num_gpus=num_gpus)
+    run = size_run(Goal(limit=Limit(kind="hours", amount=24 * 30)), machines)
+    assert run is not None
+    assert run.hpz_partition_size == size
+    job = load_job_text(dump_plain(sized_job(run, base=BASE_JOB)), path="job.yaml").job
+    plan = make_plan(
+        job,
+        model=run.shape.model_info(),
+        corpus=UNPREPARED,
+        hardware=gpu_hardware(machines.gpu),
+        links=machines.interconnect,
+    )
+    world = plan.for_world_size(num_gpus)
+    assert (world.hpz_partition_size, world.batch) == (size, run.batch)
 
 
 def test_flops__hand_checked__6_n_d() -> None:
