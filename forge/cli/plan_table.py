@@ -52,16 +52,18 @@ def show_plan(plan: DraftPlan, *, to_stderr: bool = False) -> None:
         columns.append("#spare")
         rows = [[*row, str(world.num_spare or "")] for row, world in zip(rows, shown, strict=True)]
     display.table(columns, rows, console=console)
-    if len(shown) < len(plan.worlds):
-        display.message(
-            f"{len(plan.worlds) - len(shown):,} further numbers of workers: see -o json", console=console
-        )
+    num_further = len(plan.worlds) - len(shown) + plan.num_unlisted
+    if num_further:
+        where = "see -o json"
+        if plan.num_unlisted:
+            where = f"-o json has {len(plan.worlds):,} in all, the others are planned when a generation has them"
+        display.message(f"{num_further:,} further numbers of workers: {where}", console=console)
     if plan.view is not None:
         show_examples(plan.view.examples, console=console)
 
 
 def _shown(worlds: Sequence[WorldSizePlan]) -> Sequence[WorldSizePlan]:
-    """Return all sizes if they are few; else powers of two, the first, the last, and the first that fits."""
+    """Return all sizes if they are few; else powers of two, the first, the last, and the first listed that fits."""
     if len(worlds) <= _MAX_SIZES:
         return worlds
     fitting = next((world for world in worlds if world.fits is not False), None)

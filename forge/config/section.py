@@ -14,7 +14,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer, Wi
 
 from forge import units
 
-MAX_WORKERS = 4096
+MAX_WORKERS = 16_384
+"""Source: benchmarks/RESULTS.md, "The supervisor at scale": simulated runs had up to 10,000 agents."""
 
 
 class Section(BaseModel):
@@ -110,7 +111,7 @@ def _read_range_from_1(value: Any) -> units.Range:
     if found.low < 1:
         raise ValueError("a range must start at 1 or more, and its end must not be below its start")
     if found.high > MAX_WORKERS:
-        raise ValueError(f"a range must end at {MAX_WORKERS} or less: a plan lists every number of workers")
+        raise ValueError(f"a range must end at {MAX_WORKERS:,} or less, and this one ends at {found.high:,}")
     return found
 
 

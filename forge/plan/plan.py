@@ -5,6 +5,9 @@ that can be decided without training, such as the batch split at every world siz
 memory, FLOPs and the number of steps. Planning is pure: equal input gives equal bytes, written as `plan.json`.
 
 A dry run ends with a `DraftPlan`; a `Plan` also has the prepared corpus, and only a `Plan` can be run.
+
+Over 400 lines, because the plan's fields, its file and the checks of a job that need the model or the corpus change
+together.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,13 +44,13 @@ from forge.plan.schedule import FormerLength, ScheduleSteps, schedule_steps
 from forge.plan.search import SearchPlan
 from forge.plan.throughput import Interconnect
 from forge.plan.warnings import corpus_warnings
-from forge.plan.world_size import WorldSizePlan, plan_world_size
+from forge.plan.world_size import WorldSizePlan, listed_sizes, plan_world_size
 from forge.process import one_line
 
 FORMAT_VERSION = 3
 _OPTIONAL = (
     *("code", "search", "pause_at", "files", "view", "warnings", "templates", "init", "teacher"),
-    *("former_lengths", "forecast", "task_examples"),
+    *("former_lengths", "forecast", "task_examples", "links"),
 )
 """Fields of a plan that are left out of its file if they are empty."""
 
@@ -63,7 +66,7 @@ class DraftPlan:
     tokens_per_step: int
     flops_per_token: int
     worlds: tuple[WorldSizePlan, ...]
-    """One for every number of workers in `resources.workers`, ascending."""
+    """Of the numbers of workers that `listed_sizes` chooses from `resources.workers`, ascending."""
     code: CodeInfo | None = None
     """None if the job has no code of its own."""
     search: SearchPlan | None = None
@@ -92,6 +95,14 @@ class DraftPlan:
     """Of a run that was resumed with another length, the oldest first (`forge.plan.lengths`)."""
     forecast: Forecast | None = None
     """How long it takes (`forge.plan.forecast`); None if no forecast was made."""
+    links: Interconnect | None = None
+    """Between the GPUs; None if assumed. Sizes that are not listed are planned with it."""
+
+    @property
+    def num_unlisted(self) -> int:
+        """How many numbers of workers in `resources.workers` are not in `worlds`."""
+        workers = self.job.resources.workers
+        return workers.high - workers.low + 1 - len(self.worlds)
 
     @property
     def total_tokens(self) -> int:
@@ -110,11 +121,25 @@ class DraftPlan:
         return lengths
 
     def for_world_size(self, world_size: int) -> WorldSizePlan:
-        """Return the part of the plan for one world size. Raises: PlanError if the job does not allow it."""
+        """Return the part of the plan for one world size, computed if it is not listed.
+
+        Raises: PlanError if the job does not allow it.
+        """
         for world in self.worlds:
             if world.batch.world_size == world_size:
                 return world
-        raise PlanError(f"the job allows {self.job.resources.workers} workers, not {world_size}")
+        workers = self.job.resources.workers
+        if not workers.low <= world_size <= workers.high:
+            raise PlanError(f"the job allows {workers} workers, not {world_size}")
+        (world,) = _plan_sizes(
+            (world_size,),
+            job=self.job,
+            model=self.model,
+            hardware=self.hardware,
+            teacher=self.teacher,
+            links=self.links,
+        )
+        return world
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -263,7 +288,6 @@ def _resolved(
     read = None if corpus is None else as_read(job.data, corpus)
     tokens_per_step = _tokens_per_step(job, read)
     total_steps = _total_steps(job, corpus, tokens_per_step=tokens_per_step)
-    state = optimizer_state(groups_of(job.training, model))
     return {
         "job": job,
         "model": model,
@@ -274,19 +298,35 @@ def _resolved(
         "tokens_per_step": tokens_per_step,
         "flops_per_token": flops_of_job(job, model=model, corpus=read, teacher=teacher),
         "teacher": teacher,
-        "worlds": tuple(
-            plan_world_size(
-                job,
-                model=model,
-                hardware=hardware,
-                world_size=world_size,
-                state=state,
-                teacher=teacher,
-                links=links,
-            )
-            for world_size in job.resources.workers
+        "worlds": _plan_sizes(
+            listed_sizes(job.resources.workers),
+            job=job,
+            model=model,
+            hardware=hardware,
+            teacher=teacher,
+            links=links,
         ),
+        "links": links,
     }
+
+
+def _plan_sizes(
+    sizes: Sequence[int],
+    *,
+    job: JobSpec,
+    model: ModelInfo,
+    hardware: HardwareInfo,
+    teacher: TeacherInfo | None,
+    links: Interconnect | None,
+) -> tuple[WorldSizePlan, ...]:
+    """Plan numbers of workers; the same for the sizes that a plan lists and for the others."""
+    state = optimizer_state(groups_of(job.training, model))
+    return tuple(
+        plan_world_size(
+            job, model=model, hardware=hardware, world_size=size, state=state, teacher=teacher, links=links
+        )
+        for size in sizes
+    )
 
 
 def _tokens_per_step(job: JobSpec, corpus: CorpusInfo | None) -> int:

@@ -3,6 +3,8 @@
 hpZ needs a number of ranks that its group divides. At any other number of workers the plan takes the fastest, by
 the estimate of `forge.plan.throughput`, of: a smaller group, which divides both numbers; whole groups alone, which
 leaves the other workers without a rank; and no groups. Where no estimate is possible, it takes the smaller group.
+
+A plan lists every number of workers of a short range, and of a long one about 16 of each doubling (`listed_sizes`).
 """
 
 from __future__ import annotations
@@ -23,9 +25,14 @@ from forge.plan.memory import MemoryEstimate, estimate_memory, max_micro_batch_s
 from forge.plan.parameter_groups import OptimizerState
 from forge.plan.step_work import step_work_of_job
 from forge.plan.throughput import Interconnect, estimate_step
+from forge.units import Range
 
 LEAST_GAIN = 0.05
 """Share of a step's estimated time that groups or fewer workers must save: they take memory or leave GPUs idle."""
+
+MAX_LISTED = 256
+"""A longer range of workers is not listed in full: each agent gets `plan.json`, where a size takes about 2 kB."""
+_SIZES_PER_DOUBLING = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +55,22 @@ class WorldSizePlan:
     def num_ranks(self) -> int:
         """Ranks of a generation on a cluster with room for so many workers."""
         return self.batch.world_size - self.num_spare
+
+
+def listed_sizes(workers: Range) -> tuple[int, ...]:
+    """Return the numbers of workers that a plan lists, ascending.
+
+    All of at most `MAX_LISTED`. Of more: all up to 32, from there on multiples of 2, from 64 on multiples of 4, and
+    so on; and both ends of the range. Powers of two are among them, and neighbours differ by at most 1/16.
+    """
+    if workers.high - workers.low < MAX_LISTED:
+        return tuple(workers)
+    sizes, size = [workers.low], 1
+    while size < workers.high:
+        if size > workers.low:
+            sizes.append(size)
+        size += max(1, 2 ** (size.bit_length() - 1) // _SIZES_PER_DOUBLING)
+    return (*sizes, workers.high)
 
 
 def plan_world_size(

@@ -41,6 +41,7 @@ def _groups(plan: DraftPlan, grouped: list[WorldSizePlan]) -> str:
     ]
     without = [world for world in plan.worlds if world.hpz_partition_size == 1]
     rest = f"; none at {_numbers(without)}" if without else ""
+    rest += f"; {plan.num_unlisted:,} numbers of workers are not listed" if plan.num_unlisted else ""
     second = max(_second_copy_bytes(plan, world) for world in grouped)
     how = "by the estimated step" if wanted == "auto" else f"training.zero.hpz_partition_size: {wanted}"
     return (

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from forge.errors import PlanError
+from forge.plan.durations import WorldHours
 from forge.report.forecast_text import hours_text
 from forge.report.text import number
 from forge.runs.goodput_report import GoodputReport
@@ -34,15 +35,25 @@ def forecast_rows(run: RunSummary, goodput: GoodputReport) -> tuple[list[Forecas
     rows = [*_time_rows(run, goodput, size), *_cost_row(run), *_memory_row(run, size)]
     lost_s = sum(goodput.seconds[bucket] for bucket in ("repeated", "stalled", "waiting"))
     words = [f"at {size:,} workers, the most that the run had"]
+    if (world := _world_hours(run, size)) is not None and world.world_size != size:
+        words.append(f"the forecast of times is of {world.world_size:,} workers, the nearest that the plan lists")
     if run.status == "running" or run.step < run.plan.total_steps:
         words.append("the run has not reached its last step")
     words.append(f"repeated steps, hangs and waiting for machines ({format_duration(lost_s)}) are in no forecast")
     return rows, "; ".join(words)
 
 
-def _time_rows(run: RunSummary, goodput: GoodputReport, size: int) -> list[ForecastRow]:
+def _world_hours(run: RunSummary, size: int) -> WorldHours | None:
+    """The forecast at the nearest size that the plan lists; None if there is none or the job forbids `size`."""
     worlds = run.plan.forecast.worlds if run.plan.forecast is not None else ()
-    world = next((one for one in worlds if one.world_size == size), None)
+    workers = run.plan.job.resources.workers
+    if not workers.low <= size <= workers.high:
+        return None
+    return min(worlds, key=lambda world: abs(world.world_size - size), default=None)
+
+
+def _time_rows(run: RunSummary, goodput: GoodputReport, size: int) -> list[ForecastRow]:
+    world = _world_hours(run, size)
     if world is None:
         return []
     seconds = goodput.seconds

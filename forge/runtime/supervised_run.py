@@ -21,6 +21,7 @@ from forge.elastic.states import MembershipState
 from forge.elastic.straggler_watch import REPLACING, StragglerTerms, StragglerWatch
 from forge.elastic.supervisor import Supervisor
 from forge.events import Event
+from forge.plan.by_world_size import ByWorldSize
 from forge.plan.plan import Plan, plan_from_json
 from forge.pricing.budget import CostMeter
 from forge.runtime.deadlines import watch_deadlines
@@ -60,10 +61,8 @@ class SupervisedRun:
             MembershipState(
                 min_workers=workers.low,
                 max_workers=workers.high,
-                num_spare={w.batch.world_size: w.num_spare for w in self.plan.worlds if w.num_spare},
-                group_sizes={
-                    w.batch.world_size: w.hpz_partition_size for w in self.plan.worlds if w.hpz_partition_size > 1
-                },
+                num_spare=ByWorldSize(self.plan, number=lambda world: world.num_spare),
+                group_sizes=ByWorldSize(self.plan, number=lambda world: world.hpz_partition_size),
             ),
             placement=placement,
             record_event=record_event,

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from forge.config.training import ZeroSpec
 from forge.errors import PlanError
+from forge.plan.by_world_size import ByWorldSize
 from forge.plan.cluster_links import ClusterLinks
 from forge.plan.forecast import forecast, gpu_hardware
 from forge.plan.gpus import find_gpu
@@ -48,6 +49,17 @@ def planned(
         keys["resources__gpu"] = "auto"
     job = tiny_job(training__zero=zero, resources__workers=workers, **keys)
     return make_plan(job, model=model, corpus=UNPREPARED, hardware=hardware, links=links)
+
+
+def test_by_world_size__unlisted_size__is_planned_with_the_links_of_the_plan() -> None:
+    keys = {"training__global_batch_size": 16_384}
+    made, full = planned(workers="1..10000", **keys), planned(workers="1800..2010", **keys)
+    read = plan_from_json(plan_to_json(made))
+    for number in (lambda world: world.hpz_partition_size, lambda world: world.num_spare):
+        found = ByWorldSize(read, number=number)
+        expected = {world.batch.world_size: number(world) for world in full.worlds[190:]}
+        assert {size: found.get(size, 0) for size in expected} == expected
+        assert len(set(expected.values())) > 1 and found.get(10_001, 7) == 7 and len(found) == 10_000
 
 
 def groups(plan: Plan) -> dict[int, int]:

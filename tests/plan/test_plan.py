@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 
@@ -20,6 +21,8 @@ from forge.plan.plan import (
     plan_from_json,
     plan_to_json,
 )
+from forge.plan.world_size import MAX_LISTED, listed_sizes
+from forge.units import Range
 from tests.support.jobs import CPU, tiny_facts, tiny_job
 
 CORPUS = CorpusInfo(
@@ -66,6 +69,31 @@ def test_for_world_size__allowed_sizes__have_a_plan() -> None:
     assert made.for_world_size(3).batch.world_size == 3
     with pytest.raises(PlanError, match=r"2\.\.5"):
         made.for_world_size(6)
+
+
+LONG = {"training__global_batch_size": 16_384, "resources__workers": "1..10000"}
+
+
+def test_make_plan__10_000_workers__lists_few_and_plans_any() -> None:
+    made, full = plan(**LONG), plan(**LONG | {"resources__workers": "900..1100"})
+    sizes = [world.batch.world_size for world in made.worlds]
+    assert sizes[0] == 1 and sizes[-1] == 10_000 and sizes == sorted(set(sizes))
+    assert len(sizes) < 200 and made.num_unlisted == 10_000 - len(sizes)
+    assert {2**power for power in range(14)} < set(sizes)
+    assert all(b - a <= max(1, a / 16) for a, b in pairwise(sizes))
+    assert len(plan_to_json(made)) < 500_000
+    assert [made.for_world_size(size) for size in range(900, 1101)] == list(full.worlds)
+    assert full.num_unlisted == 0
+    assert made.for_world_size(9_999).batch.world_size == 9_999
+    with pytest.raises(PlanError, match=r"1\.\.10000 workers, not 10001"):
+        made.for_world_size(10_001)
+
+
+def test_listed_sizes__all_ranges__have_their_ends_and_a_bounded_length() -> None:
+    for low, high in ((1, 256), (1, 257), (255, 16_384), (5_000, 10_000), (9_000, 9_300), (16_384, 16_384)):
+        sizes = listed_sizes(Range(low=low, high=high))
+        assert sizes[0] == low and sizes[-1] == high and list(sizes) == sorted(set(sizes))
+        assert len(sizes) <= MAX_LISTED and (high - low >= MAX_LISTED or list(sizes) == [*range(low, high + 1)])
 
 
 @pytest.mark.parametrize(
