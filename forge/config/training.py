@@ -76,8 +76,8 @@ class ZeroSpec(Section):
     which needs CUDA's compiler."""
 
     quantized_gradients: bool = False
-    """Reduce gradients in 4 bits (qgZ, arXiv 2306.10209): a quarter of the bytes of bf16, and other losses.
-    DeepSpeed's `zero_quantized_gradients`; as `quantized_weights`."""
+    """Reduce gradients in 4 bits (qgZ, arXiv 2306.10209): a quarter of the bytes of bf16, and other losses; among
+    whole machines only, as DeepSpeed has it. DeepSpeed's `zero_quantized_gradients`; as `quantized_weights`."""
 
     @model_validator(mode="after")
     def _is_divided(self) -> ZeroSpec:

@@ -29,7 +29,7 @@ from forge.plan.space import checkpoint_bytes
 from forge.plan.step_work import step_work_of_job
 from forge.plan.task_time import num_scorings, scoring_s
 from forge.plan.throughput import Estimate, Interconnect, estimate_step, with_uncertainty
-from forge.plan.world_size import WorldSizePlan, plan_world_size
+from forge.plan.world_size import WorldSizePlan, plan_world_size, with_quantized_gradients
 from forge.units import Every, format_duration
 
 CPU_EFFICIENCY = Estimate(low=0.1, likely=0.35, high=0.6)
@@ -206,7 +206,7 @@ def _baseline_s(plan: DraftPlan, world_size: int, *, gpu: Gpu | None, links: Int
     if world.num_spare:
         world = world_on_gpu(plan, world.num_ranks, gpu=gpu, links=links)
     work = step_work_of_job(
-        plan.job,
+        with_quantized_gradients(plan.job, world_size=world.batch.world_size, gpus_per_node=links.gpus_per_node),
         model=plan.model,
         batch=world.batch,
         state=state,

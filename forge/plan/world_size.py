@@ -3,6 +3,7 @@
 hpZ needs a number of ranks that its group divides. At any other number of workers the plan takes the fastest, by
 the estimate of `forge.plan.throughput`, of: a smaller group, which divides both numbers; whole groups alone, which
 leaves the other workers without a rank; and no groups. Where no estimate is possible, it takes the smaller group.
+Gradients are quantised (qgZ) at whole machines only.
 
 A plan lists every number of workers of a short range, and of a long one about 16 of each doubling (`listed_sizes`).
 """
@@ -92,13 +93,14 @@ def plan_world_size(
 
     Raises: PlanError if there are more workers than sequences in a batch.
     """
-    split = partial(_split, job, model=model, hardware=hardware, state=state, teacher=teacher)
+    links = links or cluster_links(None).interconnect
+    job_at = partial(with_quantized_gradients, job, gpus_per_node=links.gpus_per_node)
+    split = partial(_split, job_at, model=model, hardware=hardware, state=state, teacher=teacher)
     plain = split(world_size=world_size)
     wanted = job.training.zero.hpz_partition_size
     gpu = find_gpu(hardware.name) if hardware.device == "cuda" else None
     if job.training.zero.stage != 3 or wanted == 1 or (wanted == "auto" and gpu is None):
         return plain
-    links = links or cluster_links(None).interconnect
     size = links.gpus_per_node if wanted == "auto" else wanted
     if world_size <= size or size == 1:  # one group of all ranks gathers as much as none
         return plain
@@ -111,7 +113,7 @@ def plan_world_size(
 
     def seconds(world: WorldSizePlan) -> float:
         work = step_work_of_job(
-            job,
+            job_at(world_size=world.batch.world_size),
             model=model,
             batch=world.batch,
             state=state,
@@ -133,6 +135,21 @@ def plan_world_size(
     return replace(best, num_spare=world_size - whole) if is_better else best
 
 
+def with_quantized_gradients(job: JobSpec, *, world_size: int, gpus_per_node: int) -> JobSpec:
+    """Return the job without qgZ where DeepSpeed cannot form its groups, the GPUs of each machine.
+
+    It can at up to one machine of workers, where it quantises nothing, and at whole machines.
+
+    Source: deepspeed.utils.groups._get_local_all_to_all_group, which fails between one machine and two, and leaves
+    the last ranks without a group above.
+    """
+    zero = job.training.zero
+    if not zero.quantized_gradients or world_size <= gpus_per_node or world_size % gpus_per_node == 0:
+        return job
+    zero = zero.model_copy(update={"quantized_gradients": False})
+    return job.model_copy(update={"training": job.training.model_copy(update={"zero": zero})})
+
+
 def _is_better(one: WorldSizePlan, other: WorldSizePlan, *, seconds: Callable[[WorldSizePlan], float]) -> bool:
     """Whether one fits and takes clearly shorter steps than the other, or fits and the other does not."""
     if one.fits is False or other.fits is False:
@@ -141,7 +158,7 @@ def _is_better(one: WorldSizePlan, other: WorldSizePlan, *, seconds: Callable[[W
 
 
 def _split(
-    job: JobSpec,
+    job_at: Callable[..., JobSpec],
     *,
     model: ModelInfo,
     hardware: HardwareInfo,
@@ -151,6 +168,7 @@ def _split(
     hpz_partition_size: int = 1,
 ) -> WorldSizePlan:
     """Plan one number of workers with a given group of hpZ."""
+    job = job_at(world_size=world_size)
     estimate = partial(
         estimate_memory,
         model,

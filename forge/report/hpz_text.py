@@ -1,4 +1,4 @@
-"""The groups of hpZ that a plan has chosen."""
+"""The groups of hpZ that a plan has chosen, and where it quantises gradients (qgZ)."""
 
 from __future__ import annotations
 
@@ -11,6 +11,11 @@ _MAX_NUMBERS = 6
 
 
 def hpz_facts(plan: DraftPlan) -> list[tuple[str, str]]:
+    """Describe the groups, the workers without a rank, and where gradients are not quantised."""
+    return [*_hpz(plan), *_qgz(plan)]
+
+
+def _hpz(plan: DraftPlan) -> list[tuple[str, str]]:
     """Describe the groups and the workers without a rank; empty at other stages and where `auto` chose none."""
     zero = plan.job.training.zero
     grouped = [world for world in plan.worlds if world.hpz_partition_size > 1]
@@ -28,6 +33,22 @@ def hpz_facts(plan: DraftPlan) -> list[tuple[str, str]]:
             )
         )
     return facts
+
+
+def _qgz(plan: DraftPlan) -> list[tuple[str, str]]:
+    """Say at which numbers of workers gradients are not quantised; empty if they are at all, or not wanted."""
+    if not plan.job.training.zero.quantized_gradients:
+        return []
+    without = [w for w in plan.worlds if "zero_quantized_gradients" not in w.deepspeed["zero_optimization"]]
+    if not without:
+        return []
+    return [
+        (
+            "qgZ",
+            f"gradients are not quantised at {_numbers(without)} workers: DeepSpeed needs whole machines, or one "
+            "(training.zero.quantized_gradients)",
+        )
+    ]
 
 
 def _groups(plan: DraftPlan, grouped: list[WorldSizePlan]) -> str:

@@ -191,3 +191,16 @@ def test_quantized__cpu__is_refused_by_name(key: str) -> None:
     assert caught.value.job_key == f"training.zero.{key}"
     config = planned(workers="16", zero={key: True}).for_world_size(16).deepspeed["zero_optimization"]
     assert config[f"zero_{key}"] is True
+
+
+def test_quantized_gradients__part_of_a_machine__not_quantised_there_and_shown() -> None:
+    plan = planned(1, workers="7..24", zero={"quantized_gradients": True})
+    without = [n for n in range(7, 25) if n not in (7, 8, 16, 24)]
+    for world in plan.worlds:
+        zero = world.deepspeed["zero_optimization"]
+        assert zero.get("zero_quantized_gradients", False) == (world.batch.world_size not in without)
+    assert dict(plan_facts(plan))["qgZ"].startswith("gradients are not quantised at 9, 10, 11, 12, ..., 23 workers")
+    assert "qgZ" not in dict(plan_facts(planned(1, workers="16", zero={"quantized_gradients": True})))
+    found = forecast(plan, links=ClusterLinks(interconnect=SLOW, note=""))
+    seconds = {world.world_size: world.step_s for world in found.worlds}
+    assert seconds[24] < 0.8 * seconds[23]
