@@ -2,17 +2,18 @@
 
     python -m benchmarks.peers.forge_elastic REQUEST
 
-REQUEST is that of `torchrun_elastic`, max_nodes where more may come, and snapshot_every where it is not to be
-forge's default; there is no use for checkpoint_every. A model without `model_type` is the section of a job
-file, whose tokenizer comes with it, and `files` names the corpus. The cluster is forge's own: a head that takes
-no ranks, and nodes of one rank each. With `"model": null` there are machines and no run. `steps.jsonl` has a
-line for every step as the run recorded it, done again or not, one when the machines are there, and one for
-all that is done to a machine:
+REQUEST is that of `torchrun_elastic`, max_nodes where more may come, slots for the ranks of a node if not
+one, and snapshot_every where it is not to be forge's default; there is no use for checkpoint_every. A model
+without `model_type` is the section of a job file, whose tokenizer comes with it, and `files` names the
+corpus. The cluster is forge's own: a head that takes no ranks, and nodes of one rank each by default. With
+`"model": null` there are machines and no run. `steps.jsonl` has a line for every step as the run recorded it, done
+again or not, one when the machines are there, and one for all that is done to a machine:
 
     add N           start node N
     remove N        kill node N, all its processes at once
     notice N S      announce that node N will be taken away in S seconds; it is not taken away
     hang N          SIGSTOP to the rank on node N
+    kill R          SIGKILL to rank R
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import contextlib
 import json
 import os
 import random
+import signal
 import string
 import subprocess
 import sys
@@ -49,7 +51,7 @@ _POLL_S = 0.1
 
 def main() -> None:
     request = json.loads(sys.argv[1])
-    with machines(request["nodes"]) as nodes:
+    with machines(request["nodes"], num_cpus=request.get("slots", 1)) as nodes:
         run = Run(request) if request["model"] is not None else None
         record(request, ready=request["nodes"])
         try:
@@ -65,7 +67,8 @@ class Run:
 
     def __init__(self, request: dict[str, Any]) -> None:
         self._request = request
-        job = write_job(request, workers=request.get("max_nodes", request["nodes"]))
+        num_nodes = request.get("max_nodes", request["nodes"])
+        job = write_job(request, workers=num_nodes * request.get("slots", 1))
         self._process = subprocess.Popen([FORGE, "train", str(job)], stdin=subprocess.DEVNULL)
         while (folder := run_folder(request)) is None or (pid := driver_pid(folder)) is None:
             if self._process.poll() is not None:
@@ -136,11 +139,11 @@ def random_text() -> str:
 
 
 @contextlib.contextmanager
-def machines(num_nodes: int) -> Iterator[dict[int, Any]]:
+def machines(num_nodes: int, *, num_cpus: int = 1) -> Iterator[dict[int, Any]]:
     """The nodes of a cluster by number; it ends with them."""
     start_head_alone()
     try:
-        yield {node: add_node() for node in range(num_nodes)}
+        yield {node: add_node(num_cpus=num_cpus) for node in range(num_nodes)}
     finally:
         stop_local()
 
@@ -150,7 +153,7 @@ def obey(line: str, request: dict[str, Any], nodes: dict[int, Any], run: Run | N
     what, number, *rest = line.split()
     node = int(number)
     if what == "add":
-        nodes[node] = add_node()
+        nodes[node] = add_node(num_cpus=request.get("slots", 1))
         record(request, added=node)
     elif what == "remove":
         record(request, removed=node)
@@ -160,6 +163,10 @@ def obey(line: str, request: dict[str, Any], nodes: dict[int, Any], run: Run | N
         name = next(name for name, pid in members.agents.items() if os.getsid(pid) == nodes[node].pid)
         record(request, noticed=node)
         give_notice(name, seconds_left=float(rest[0]))
+    elif run is not None and what == "kill":
+        pid = run.members().rank(node)
+        record(request, killed=node)
+        os.kill(pid, signal.SIGKILL)
     elif run is not None and what == "hang":
         members = run.members()
         rank = next(pid for pid in members.ranks.values() if pid and os.getsid(pid) == nodes[node].pid)

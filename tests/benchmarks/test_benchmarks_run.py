@@ -25,6 +25,7 @@ SLOW = (
     "lora",
     "memory",
     "recovery",
+    "recovery_growth",
     "serve",
     "snapshot_overhead",
     "throughput",
