@@ -19,7 +19,7 @@ from torch import Tensor
 from forge.errors import ArgumentError
 from forge.inference.exact import require_numbers
 from forge.inference.loaded import LoadedModel
-from forge.inference.rows import bucket_length, fixed_batches
+from forge.inference.rows import bucket_length, fixed_batches, widen_products
 from forge.inference.sequences import Watch
 from forge.objective.classification import classifier_logits
 from forge.objective.contrastive import pool
@@ -128,6 +128,7 @@ def _outputs(
     def shape(one: _Encoded) -> tuple[int, ...]:
         return bucket_length(len(one.ids), limit=loaded.max_positions), int(any(one.type_ids))
 
+    widen_products(loaded.model)
     for (width, has_types), numbers in fixed_batches(encoded, key=shape, device=loaded.device):
         wanted = [n for n in dict.fromkeys(numbers) if watch is None or watch(n, len(encoded[n].ids))]
         if not wanted:

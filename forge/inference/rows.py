@@ -3,19 +3,26 @@
 A sequence is padded at the end to the length of its bucket, and a bucket is computed in batches of a fixed number
 of rows, the last one filled with copies. The arithmetic of a row is then the same for any place and neighbours, as
 matrix products of one shape treat all rows alike: scores are equal bit for bit at every order, batch and number
-of workers on the same kind of machine.
+of workers on the same kind of machine. Products with very few outputs differ, so `widen_products` makes them larger.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import TypeVar
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 _Row = TypeVar("_Row")
 
+_MIN_OUTPUTS = 16
+"""On an Intel CPU with AVX-512, MKL 2024.2 in fp32: with 1 to 3 outputs and 2, 3 or 8 rows, equal rows give results
+that differ in the last bits by their place; with 5 or more they do not (18 widths from 1 to 768, 7 numbers of
+rows)."""
 _TOKENS = {"cpu": 256, "cuda": 8192}
 """Of a batch: from about 256 rows on a product of matrices takes time in proportion to them."""
 
@@ -49,3 +56,19 @@ def fixed_batches(
         for start in range(0, len(numbers), size):
             batch = numbers[start : start + size]
             yield shape, batch + batch[-1:] * (size - len(batch))
+
+
+def widen_products(model: nn.Module) -> None:
+    """Compute the linear layers of a model that have very few outputs, such as heads, with outputs of zero besides.
+
+    Their weights stay as they are. A model may be given more than once.
+    """
+    for module in model.modules():
+        if type(module) is nn.Linear and module.out_features < _MIN_OUTPUTS:
+            module.forward = partial(_widened, module)  # type: ignore[method-assign]
+
+
+def _widened(module: nn.Linear, inputs: Tensor) -> Tensor:
+    missing = _MIN_OUTPUTS - module.out_features
+    bias = None if module.bias is None else F.pad(module.bias, (0, missing))
+    return F.linear(inputs, F.pad(module.weight, (0, 0, 0, missing)), bias)[..., : module.out_features]

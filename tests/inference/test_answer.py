@@ -24,6 +24,7 @@ from forge.errors import ArgumentError, DataError
 from forge.inference.answer import AnswerConfig, Answerer, check_record
 from forge.inference.encode import classify
 from forge.inference.exact import exact_logits
+from forge.inference.rows import widen_products
 from forge.inference.sequences import Chooser
 from forge.runtime import answer_process
 from tests.inference.conftest import TEXTS, write_model
@@ -286,3 +287,16 @@ def test_chooser__close_choice__is_noticed(answerer: Answerer) -> None:
     logits[1, 3], logits[1, 4] = 5.0, 4.0
     assert chooser.choose(logits, texts) == [3, 3]
     assert [text.is_close for text in texts] == [True, False]
+
+
+@pytest.mark.parametrize("num_outputs", [1, 2, 3, 7])
+def test_widen_products__few_outputs__rows_are_equal_at_every_place(num_outputs: int) -> None:
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(100, num_outputs)
+    expected = layer(torch.ones(100))
+    widen_products(torch.nn.Sequential(layer))
+    for num_rows in (1, 2, 3, 8, 16):
+        found = layer(torch.ones(num_rows, 100))
+        assert found.shape == (num_rows, num_outputs)
+        assert all(torch.equal(row, found[0]) for row in found)
+        torch.testing.assert_close(found[0], expected)
