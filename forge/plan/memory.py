@@ -8,7 +8,10 @@ world size W from the ZeRO stage that shards it. In fp32 under ZeRO 0 the weight
 
 DeepSpeed's own estimators (`estimate_zero2_model_states_mem_needs`, and likewise for ZeRO 3) also count the
 gradients in fp32 during an update, 4Ψ ÷ W bytes, here `update_bytes`, when the activations are gone, and under
-ZeRO 3 the gradient of the largest module; tests/plan/test_memory_deepspeed.py holds every difference.
+ZeRO 3 the largest module with its gradient; tests/plan/test_memory_deepspeed.py holds every difference.
+
+Under ZeRO 3 DeepSpeed gathers ahead, up to `MAX_LIVE_PARAMETERS` whole parameters, and reduces gradients in
+buckets: `gathered_bytes`, `bucket_bytes` and `reduction_bytes`.
 
 Activations follow Korthikanti et al. (arXiv 2205.05198, equation 2) without attention scores, because torch's
 scaled_dot_product_attention does not store them. They are an estimate (shown with ~); model state is exact up to
@@ -21,6 +24,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from forge.config.training import TrainingSpec
+from forge.plan.deepspeed_config import REDUCE_BUCKET
 from forge.plan.inputs import ModelInfo, TeacherInfo
 from forge.plan.parameter_groups import OptimizerState
 
@@ -40,6 +44,15 @@ the system, or cannot reuse between micro-batches. Giving it back at once double
 Logits of 32 MiB or more are pages of their own, which it does give back (DEFAULT_MMAP_THRESHOLD_MAX, mallopt(3)).
 
 Source: measured, 1.8 in bf16 with micro-batches of 8 and 1; `benchmarks.memory` measures it again."""
+MAX_LIVE_PARAMETERS = 1_000_000_000
+"""Whole parameters that ZeRO 3 gathers ahead at most, before the one that it needs at once. DeepSpeed's default of
+`stage3_max_live_parameters`.
+
+Source: DeepSpeed 0.19.8, `PartitionedParameterCoordinator.fetch_sub_module`: each module that is called gathers up
+to a bucket more, until so many are live; none that is used again within `stage3_max_reuse_distance` is released."""
+PREFETCH_BUCKET = 50_000_000
+"""Parameters that ZeRO 3 gathers into one buffer, before the last of them. DeepSpeed's default of
+`stage3_prefetch_bucket_size`."""
 _MAPPED_BYTES = 32 * 2**20
 WEIGHT_BYTES = {"bf16": 2, "fp32": 4}
 """Of a parameter, by `training.precision`."""
@@ -61,6 +74,12 @@ class MemoryEstimate:
     update_bytes: int = 0
     """During an update, when activations are gone: gradients in fp32, and on CPU a step's size in fp32, which all
     optimizers but Adafactor compute for the whole shard at once."""
+    gathered_bytes: int = 0
+    """Under ZeRO 3, during a pass: whole parameters, and the buffer from which the newest of them are copied."""
+    bucket_bytes: int = 0
+    """Under ZeRO 3: the bucket that collects gradients, allocated for the whole run."""
+    reduction_bytes: int = 0
+    """Under ZeRO 3, while a bucket is reduced: its gradients in the order of the ranks, and gloo's copy on CPU."""
     host_bytes: int
     """In host memory: snapshots of this rank, replicas of another node's, and offloaded optimizer state."""
     libraries_bytes: int = 0
@@ -70,17 +89,22 @@ class MemoryEstimate:
 
     @property
     def state_bytes(self) -> int:
-        """The part that does not depend on the micro-batch."""
+        """The part that does not depend on the micro-batch, without what ZeRO 3 gathers and reduces."""
         return self.weights_bytes + self.gradients_bytes + self.optimizer_bytes + self.ema_bytes
 
     @property
     def total_bytes(self) -> int:
         """What the device must hold."""
+        fixed = self.state_bytes + self.bucket_bytes
         if self.is_on_host:
-            kept = HOST_ACTIVATIONS * (self.activations_bytes - self.logits_bytes) + self.logits_bytes
-            held = round(kept) + self.update_bytes
-            return self.state_bytes + held + self.host_bytes + self.libraries_bytes
-        return self.state_bytes + max(self.activations_bytes, self.update_bytes)
+            # Whole parameters are allocated and freed between activations, and their memory is kept like theirs.
+            freed = self.activations_bytes - self.logits_bytes + self.gathered_bytes
+            held = (
+                round(HOST_ACTIVATIONS * freed) + self.logits_bytes + max(self.update_bytes, self.reduction_bytes)
+            )
+            return fixed + held + self.host_bytes + self.libraries_bytes
+        passes = self.activations_bytes + self.gathered_bytes + self.reduction_bytes
+        return fixed + max(passes, self.update_bytes)
 
     def fits(self, memory_bytes: int) -> bool:
         """Whether a device with this much memory can hold it."""
@@ -121,6 +145,7 @@ def estimate_memory(
     master = 4 if half or stage > 0 else 0
     shards = world_size if stage >= 1 else 1
     weights = _weights_bytes(model, training, world_size=world_size, hpz_partition_size=hpz_partition_size)
+    buffers = _zero3_buffers(model, training, world_size=world_size, is_on_host=is_on_host)
     gradients = width * trainable // (world_size if stage >= 2 else 1)
     optimizer = (master * trainable + state.sharded_bytes) // shards + state.replicated_bytes
     ema = 4 * trainable // shards if training.ema else 0
@@ -152,6 +177,7 @@ def estimate_memory(
         activations_bytes=activations,
         logits_bytes=logits if logits >= 3 * _MAPPED_BYTES else 0,
         update_bytes=0 if is_offloaded else (master + step) * trainable // shards,
+        **buffers,
         host_bytes=num_copies * snapshot + (optimizer + ema if is_offloaded else 0),
         libraries_bytes=LIBRARIES_BYTES if is_on_host else 0,
         is_on_host=is_on_host,
@@ -159,16 +185,40 @@ def estimate_memory(
 
 
 def _weights_bytes(model: ModelInfo, training: TrainingSpec, *, world_size: int, hpz_partition_size: int) -> int:
-    """Of the weights; under ZeRO 3 the shard, and the largest module while it is gathered for a pass.
+    """Of the weights; under ZeRO 3 the shard.
 
     hpZ adds the share of the group's second copy, in the precision of the weights: 2Ψ ÷ group bytes in bf16.
     """
     width, quantised = WEIGHT_BYTES[training.precision], model.num_quantised_parameters
     weights = width * (model.num_parameters - quantised) + round(NF4_BYTES * quantised)
     if training.zero.stage == 3:
-        second = weights // hpz_partition_size if hpz_partition_size > 1 else 0
-        weights = weights // world_size + second + width * model.largest_module_parameters
+        weights = weights // world_size + (weights // hpz_partition_size if hpz_partition_size > 1 else 0)
     return weights
+
+
+def _zero3_buffers(
+    model: ModelInfo, training: TrainingSpec, *, world_size: int, is_on_host: bool
+) -> dict[str, int]:
+    """Return the fields of `MemoryEstimate` for what ZeRO 3 gathers and reduces.
+
+    With the largest module λ of Ψ parameters: min(Ψ, MAX_LIVE_PARAMETERS + λ) whole parameters, and a buffer of
+    min(Ψ, PREFETCH_BUCKET + λ). A single worker gathers nothing. The bucket of gradients is allocated whole; on
+    CPU only the part that is used takes memory. A gradient larger than the bucket is reduced from where it is.
+
+    Source: DeepSpeed 0.19.8, `all_gather_coalesced`, `reduce_scatter_coalesced`, `_setup_for_real_optimizer`.
+    gloo copies the input of a reduce-scatter.
+    """
+    if training.zero.stage != 3:
+        return {}
+    width, largest = WEIGHT_BYTES[training.precision], model.largest_module_parameters
+    whole, trained = model.num_parameters, model.num_trainable_parameters
+    gathered = min(whole, MAX_LIVE_PARAMETERS + largest) + min(whole, PREFETCH_BUCKET + largest)
+    reduced = min(trained, max(REDUCE_BUCKET, largest))
+    return {
+        "gathered_bytes": width * gathered if world_size > 1 else 0,
+        "bucket_bytes": width * (min(trained, REDUCE_BUCKET) if is_on_host else REDUCE_BUCKET),
+        "reduction_bytes": width * reduced * (2 if is_on_host else 1),
+    }
 
 
 def _step_bytes(training: TrainingSpec, *, is_on_host: bool) -> int:

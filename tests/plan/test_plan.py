@@ -12,7 +12,8 @@ import pytest
 from forge.errors import PlanError
 from forge.plan.curve import config_digest
 from forge.plan.inputs import CorpusInfo, HardwareInfo
-from forge.plan.memory import HOST_ACTIVATIONS, LIBRARIES_BYTES, USABLE_SHARE
+from forge.plan.memory import HOST_ACTIVATIONS, LIBRARIES_BYTES, USABLE_SHARE, estimate_memory
+from forge.plan.parameter_groups import OptimizerState
 from forge.plan.plan import (
     DraftPlan,
     Plan,
@@ -238,7 +239,36 @@ def test_estimate_memory__zero_stages__follow_the_paper() -> None:
     assert sizes[0].state_bytes == 16 * parameters
     assert sizes[1].optimizer_bytes == sizes[0].optimizer_bytes // 4
     assert sizes[2].gradients_bytes == sizes[1].gradients_bytes // 4
-    assert sizes[3].weights_bytes == sizes[2].weights_bytes // 4 + 2 * tiny_facts().largest_module_parameters
+    assert sizes[3].weights_bytes == sizes[2].weights_bytes // 4
+
+
+@pytest.mark.parametrize(
+    ("parameters", "workers", "is_on_host", "gathered", "bucket", "reduced"),
+    [
+        # 7 billion in modules of at most 131 million, in bf16: 2 * (1000 + 131 + 50 + 131), 2 * 50 and 2 * 131 MB.
+        (7_000, 8, False, 2_624, 100, 262),
+        # 40 million: all of them live, and all in the buffer; a GPU allocates the bucket whole.
+        (40, 8, False, 160, 100, 80),
+        # On CPU pages that are not written take no memory, and gloo copies what it reduces.
+        (40, 2, True, 160, 80, 160),
+        (40, 1, True, 0, 80, 160),
+    ],
+)
+def test_estimate_memory__zero_3__gathers_ahead_and_reduces_buckets(
+    parameters: int, workers: int, is_on_host: bool, gathered: int, bucket: int, reduced: int
+) -> None:
+    sizes = {"num_parameters": parameters * 10**6, "num_trainable_parameters": parameters * 10**6}
+    need = estimate_memory(
+        tiny_facts(**sizes, largest_module_parameters=min(131, parameters) * 10**6),
+        tiny_job(training__zero={"stage": 3}).training,
+        world_size=workers,
+        micro_batch_size=1,
+        seq_len=16,
+        is_on_host=is_on_host,
+        state=OptimizerState(sharded_bytes=8 * parameters * 10**6, replicated_bytes=0),
+    )
+    found = [need.gathered_bytes, need.bucket_bytes, need.reduction_bytes]
+    assert found == [gathered * 10**6, bucket * 10**6, reduced * 10**6]
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
@@ -250,7 +280,8 @@ def test_estimate_memory__host__holds_snapshots_and_replicas(
         made = plan(training__zero={"stage": stage}, resources={"workers": "1..4", "gpu": "none", "engine": engine})
         need = made.for_world_size(world_size).memory
         assert need.host_bytes == num_copies * (12 * tiny_facts().num_parameters // world_size)
-        held = round(HOST_ACTIVATIONS * need.activations_bytes) + need.update_bytes
+        held = round(HOST_ACTIVATIONS * (need.activations_bytes + need.gathered_bytes)) + need.bucket_bytes
+        held += max(need.update_bytes, need.reduction_bytes)
         assert need.total_bytes == need.state_bytes + held + need.host_bytes + LIBRARIES_BYTES
 
 
