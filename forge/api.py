@@ -8,6 +8,7 @@ stops the run with a checkpoint. The module is long because all public functions
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from forge.config.load import LoadedJob
 from forge.config.overrides import check_kind
 from forge.data.prepare import PrepareProgress
 from forge.data.view import Selection
-from forge.errors import ArgumentError, JobFileError
+from forge.errors import ArgumentError, ForgeWarning, JobFileError
 from forge.evaluate.stored_examples import with_task_examples
 from forge.plan.bill import Bill, BillScope, is_priced, make_bill
 from forge.plan.cluster_links import cluster_links
@@ -156,7 +157,10 @@ class Run(RunSummary):
             for a wrong value; UserCodeError, RunError.
         """
         config = {"source": str(self.folder), "step": step, "ema": ema, "chat": chat, "sampling": sampling}
-        [answer] = answer_prompts(config, [{"prompt": prompt}])["answers"]
+        found = answer_prompts(
+            config, [{"prompt": prompt}], on_message=lambda text: warnings.warn(text, ForgeWarning, stacklevel=3)
+        )
+        [answer] = found["answers"]
         if "text" not in answer:
             raise ArgumentError(f"{self.folder.name} writes no text; `forge generate` shows what it answers")
         return str(answer["text"])

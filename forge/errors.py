@@ -198,3 +198,7 @@ class RunError(ForgeError):
 
 class DivergedError(RunError):
     """The loss or the gradient is not finite."""
+
+
+class ForgeWarning(UserWarning):
+    """Something that a model does otherwise than documented; commands print it, see `process.forward_warnings`."""

@@ -124,7 +124,7 @@ def generate(
     if input_file is not None:
         _answer_file(config, source=input_file, output=Path(output), num_workers=workers, cluster=cluster)
         return
-    answer = answer_prompts(config, [prompt])
+    answer = answer_prompts(config, [prompt], on_message=display.message)
     if output == "json":
         display.print_json({**answer.pop("answers")[0], **answer, "prompt": prompt})
     else:

@@ -6,16 +6,20 @@ batched with. Where the two largest are closer than that, the tokens are chosen 
 
 from __future__ import annotations
 
+import re
+import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 
-from forge.errors import DivergedError
+from forge.errors import DivergedError, ForgeWarning
 from forge.inference.loaded import LoadedModel
+from forge.process import one_line
 
 TIE = 1e-6
 """Logits closer than this in fp64 are equal, as of two equal rows of an output embedding; the smaller id wins.
@@ -24,6 +28,11 @@ _NOISE = {torch.float32: 2.0**-13, torch.bfloat16: 2.0**-4, torch.float16: 2.0**
 """Bounds of the difference that batching makes, relative to the largest logit.
 
 With SmolLM2-135M, 8 texts of 32 tokens alone and in one batch: at most 8.1e-7 in fp32 and 0.016 in bf16."""
+
+_OF_DTYPE = re.compile(r"\b(?:double|float64|dtypes?|scalar type)\b", re.IGNORECASE)
+"""In the messages of torch's kernels that do not compute in fp64, such as "expected scalar type Double but found
+Float", "Expected mat_a to be Float32, BFloat16 or Float16 matrix, got Double"."""
+_WITHOUT_FP64: WeakSet[nn.Module] = WeakSet()
 
 
 def noise_bound(logits: Tensor, *, dtype: torch.dtype) -> Tensor:
@@ -44,8 +53,8 @@ def require_numbers(loaded: LoadedModel, outputs: Tensor) -> None:
 def exact_logits(loaded: LoadedModel, ids: Sequence[int], *, first: int, source: Sequence[int] = ()) -> Tensor:
     """Logits for the tokens from `first` on, and for the one after the last, on the CPU.
 
-    They are computed in fp64, or in fp32 where an operation of the model has no fp64; either way from the sequence
-    alone.
+    They are computed in fp64, or in fp32 where an operation of the model has no fp64, with one `ForgeWarning` for
+    the model; either way from the sequence alone.
 
     Args:
         ids: a whole sequence; of an encoder-decoder what the decoder reads, with its start token.
@@ -54,9 +63,29 @@ def exact_logits(loaded: LoadedModel, ids: Sequence[int], *, first: int, source:
 
     Shapes: result: float64[len(ids) - first + 1, V].
     """
-    with suppress(RuntimeError):  # some kernels refuse fp64: fused experts, state spaces
-        return _logits_alone(loaded, ids, dtype=torch.float64, source=source)[first - 1 :]
-    return _logits_alone(loaded, ids, dtype=torch.float32, source=source)[first - 1 :]
+    if loaded.model not in _WITHOUT_FP64:
+        try:
+            return _logits_alone(loaded, ids, dtype=torch.float64, source=source)[first - 1 :]
+        except RuntimeError as error:  # some kernels refuse fp64: fused experts, state spaces
+            if not _is_of_dtype(error):
+                raise
+            reason = one_line(error)
+    found = _logits_alone(loaded, ids, dtype=torch.float32, source=source)[first - 1 :]
+    if loaded.model not in _WITHOUT_FP64:
+        _WITHOUT_FP64.add(loaded.model)
+        warnings.warn(
+            f"{loaded.name} cannot be computed in fp64 ({reason}), so close choices of tokens are decided, and "
+            "log-probabilities computed, in fp32: the same in every batch, but they may differ between machines "
+            "of several kinds",
+            ForgeWarning,
+            stacklevel=2,
+        )
+    return found
+
+
+def _is_of_dtype(error: RuntimeError) -> bool:
+    """Whether an operation refuses a dtype; lack of memory and faults of a device are no reasons to go on."""
+    return not isinstance(error, torch.OutOfMemoryError) and _OF_DTYPE.search(str(error)) is not None
 
 
 def _logits_alone(loaded: LoadedModel, ids: Sequence[int], *, dtype: torch.dtype, source: Sequence[int]) -> Tensor:

@@ -23,7 +23,7 @@ from forge.errors import ArgumentError, DataError, ForgeError
 from forge.foreign import parse_json
 from forge.fs import write_atomic
 from forge.inference.answer import AnswerConfig, Answerer, check_record
-from forge.process import one_line, take_stdout
+from forge.process import forward_warnings, one_line, take_stdout
 from forge.runtime.shard_files import ShardFiles
 
 RECORDS_PER_SHARD = 256
@@ -130,12 +130,20 @@ def _answers(answerer: Answerer, shard: list[Any], *, before: int, source: Path)
 
 
 def main() -> None:
-    """Answer a request: `{"answer": {...}}`, or `{"error": {...}}`, after lines of `{"progress": [done, all]}`."""
+    """Answer a request: `{"answer": {...}}`, or `{"error": {...}}`.
+
+    Lines of `{"progress": [done, all]}` and `{"message": "..."}` come before it.
+    """
     stdout = take_stdout()  # the user's model may print
 
-    def show(done: int, total: int) -> None:
-        stdout.write(json.dumps({"progress": [done, total]}) + "\n")
+    def write(line: dict[str, Any]) -> None:
+        stdout.write(json.dumps(line) + "\n")
         stdout.flush()
+
+    def show(done: int, total: int) -> None:
+        write({"progress": [done, total]})
+
+    forward_warnings(lambda text: write({"message": text}))
 
     try:
         request = json.load(sys.stdin)

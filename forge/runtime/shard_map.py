@@ -117,6 +117,7 @@ class ShardMap:
         self._spec, self._files, self._options = spec, files, options
         self._stop, self._on_done, self._on_message = stop, on_done, on_message
         self._totals = MapTotals()
+        self._warned: set[str] = set()
         self._workers: list[_MapWorker] = []
         self._num_started = 0
         self._num_load_losses = 0
@@ -210,10 +211,17 @@ class ShardMap:
                 self._take_loss(worker, reason=_reason(error))
                 continue
             worker.answer = None
+            for warning in answer.warnings:
+                self._warn(warning)
             if worker.is_loaded:
                 self._take_result(worker, answer)
             else:
                 self._take_loaded(worker, answer)
+
+    def _warn(self, warning: str) -> None:
+        if warning not in self._warned:
+            self._warned.add(warning)
+            self._on_message(warning)
 
     def _take_loaded(self, worker: _MapWorker, answer: ShardAnswer) -> None:
         if answer.error is None:

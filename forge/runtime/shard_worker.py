@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import ray
 
 from forge.errors import ForgeError
-from forge.process import one_line
+from forge.process import forward_warnings, one_line
 
 
 class ShardFunction(Protocol):
@@ -51,6 +51,8 @@ class ShardAnswer:
     """Class of the exception; None if there was none."""
     message: str = ""
     traceback: str = ""
+    warnings: tuple[str, ...] = ()
+    """Every `ForgeWarning` since the last answer."""
 
 
 @ray.remote(max_restarts=0, concurrency_groups={"watch": 1})
@@ -60,6 +62,8 @@ class ShardWorkerActor:
     def __init__(self) -> None:
         self._num_reports = 0
         self._function: Any = None
+        self._warnings: list[str] = []
+        forward_warnings(self._warnings.append)
 
     def load(self, spec: ShardWorkerSpec) -> ShardAnswer:
         """Make the function. Returns: the process id and the node."""
@@ -88,7 +92,10 @@ class ShardWorkerActor:
 
     def _answer(self, work: Callable[[], Any]) -> ShardAnswer:
         try:
-            return ShardAnswer(result=work())
+            result = work()
+            warnings = tuple(self._warnings)
+            self._warnings.clear()
+            return ShardAnswer(result=result, warnings=warnings)
         except Exception as error:
             message = str(error) if isinstance(error, ForgeError) else f"{type(error).__name__}: {one_line(error)}"
             return ShardAnswer(error=type(error).__name__, message=message, traceback=traceback.format_exc())

@@ -33,12 +33,15 @@ OnBytes = Callable[[int, int], None]
 _STOP_S = 20.0
 
 
-def answer_prompts(config: Mapping[str, Any], records: Sequence[Any]) -> dict[str, Any]:
+def answer_prompts(
+    config: Mapping[str, Any], records: Sequence[Any], *, on_message: Callable[[str], None] | None = None
+) -> dict[str, Any]:
     """Answer prompts with the model of a run or a folder.
 
     Args:
         config: the fields of `forge.inference.answer.AnswerConfig`.
         records: prompts as of `forge.inference.answer`.
+        on_message: called with what the model does otherwise than documented.
 
     Returns: `answers`, `name`, `kind`, `step`, `digest`, `has_chat_template`, `answer_s`, and `load_s`: to import
         torch and load the model.
@@ -47,7 +50,8 @@ def answer_prompts(config: Mapping[str, Any], records: Sequence[Any]) -> dict[st
     """
     _require_trusted(config)
     began = time.monotonic()
-    answer = _run(_ANSWERS, request={"config": dict(config), "records": list(records)}, what=_NO_ANSWER)
+    request = {"config": dict(config), "records": list(records)}
+    answer = _run(_ANSWERS, request=request, what=_NO_ANSWER, on_message=on_message)
     return answer | {"load_s": time.monotonic() - began - answer.get("answer_s", 0.0)}
 
 
@@ -69,7 +73,7 @@ def answer_file(
             as it has CPUs or GPUs.
         cluster: name or file of a cluster; None: this machine.
         on_progress: called with the prompts (on Ray the shards of prompts) that are answered and those in all.
-        on_message: called with what happens to workers and the cluster.
+        on_message: called with what happens to workers and the cluster, and with warnings about the model.
 
     Returns: as `answer_prompts`, with `num_answers` and `num_reused` in place of `answers`.
     Raises: as `answer_prompts`.
@@ -88,7 +92,7 @@ def answer_file(
             on_progress=on_progress,
             on_message=on_message,
         )
-    return _run(_ANSWERS, request=request, what=_NO_ANSWER, on_progress=on_progress)
+    return _run(_ANSWERS, request=request, what=_NO_ANSWER, on_progress=on_progress, on_message=on_message)
 
 
 def _require_trusted(config: Mapping[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from forge.errors import ArgumentError
+from forge.errors import ArgumentError, ForgeWarning
 from forge.inference.exact import exact_logits
 from forge.inference.generate import generate
 from forge.inference.loaded import Dtype, LoadedModel, load
@@ -81,10 +82,34 @@ def test_exact_logits__experts_without_fp64__are_those_of_the_sequence_alone(lla
         num_attention_heads=2, num_key_value_heads=2, num_local_experts=4,
     )  # fmt: skip
     model, ids = MixtralForCausalLM(config).eval(), loaded.encode(TEXTS[0])
-    found = exact_logits(replace(loaded, model=model), ids, first=1)
+    with pytest.warns(ForgeWarning, match=r"cannot be computed in fp64 \(Expected mat_a to be Float32"):
+        found = exact_logits(replace(loaded, model=model), ids, first=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ForgeWarning)  # it is said once
+        assert torch.equal(exact_logits(replace(loaded, model=model), ids, first=1), found)
     with torch.inference_mode():
         expected = model(input_ids=torch.tensor([ids])).logits[0].double()
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory, of dtype float64"), None],
+    ids=["memory of the device", "memory of the machine"],
+)
+def test_exact_logits__no_memory_for_fp64__is_no_reason_for_fp32(
+    llama_folder: Path, error: RuntimeError | None
+) -> None:
+    loaded = load(llama_folder, dtype="fp32", device="cpu")
+
+    def refuse(module: object, arguments: object) -> None:
+        if error is not None:
+            raise error
+        torch.empty(2**50)
+
+    loaded.model.lm_head.register_forward_pre_hook(refuse)
+    with pytest.raises(RuntimeError, match=r"out of memory|can't allocate memory"):
+        exact_logits(loaded, loaded.encode(TEXTS[0]), first=1)
 
 
 @pytest.mark.parametrize(
