@@ -55,6 +55,7 @@ GROUPS = (
             "tests/elastic/test_deadline_machines.py",
             "tests/elastic/test_straggler_run.py",
             "tests/elastic/test_lora.py",
+            "tests/elastic/test_hpz_faults.py",
             "tests/elastic/test_task_scores.py",
         ),
     ),
