@@ -201,4 +201,4 @@ class DivergedError(RunError):
 
 
 class ForgeWarning(UserWarning):
-    """Something that a model does otherwise than documented; commands print it, see `process.forward_warnings`."""
+    """What a model does otherwise than documented; commands print it (`runtime.forwarded_warnings`)."""

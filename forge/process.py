@@ -9,12 +9,9 @@ import resource
 import signal
 import socket
 import sys
-import warnings
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
-from forge.errors import ForgeWarning
 from forge.redact import redact_output
 
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
@@ -133,20 +130,6 @@ def take_stdout() -> TextIO:
     answer = os.dup(1)
     os.dup2(2, 1)
     return os.fdopen(answer, "w")
-
-
-def forward_warnings(say: Callable[[str], None]) -> None:
-    """Call `say` with every `ForgeWarning` of this process, which else goes to stderr as other warnings do."""
-    show = warnings.showwarning
-
-    def showwarning(message: Warning | str, category: type[Warning], *place: Any, **named: Any) -> None:
-        if issubclass(category, ForgeWarning):
-            say(str(message))
-        else:
-            show(message, category, *place, **named)
-
-    warnings.simplefilter("always", ForgeWarning)
-    warnings.showwarning = showwarning
 
 
 def first_line(error: BaseException) -> str:

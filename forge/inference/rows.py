@@ -3,7 +3,7 @@
 A sequence is padded at the end to the length of its bucket, and a bucket is computed in batches of a fixed number
 of rows, the last one filled with copies. The arithmetic of a row is then the same for any place and neighbours, as
 matrix products of one shape treat all rows alike: scores are equal bit for bit at every order, batch and number
-of workers on the same kind of machine. Products with very few outputs differ, so `widen_products` makes them larger.
+of workers on the same kind of machine. Products with few outputs differ, so `widen_products` makes them larger.
 """
 
 from __future__ import annotations

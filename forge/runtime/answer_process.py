@@ -23,7 +23,8 @@ from forge.errors import ArgumentError, DataError, ForgeError
 from forge.foreign import parse_json
 from forge.fs import write_atomic
 from forge.inference.answer import AnswerConfig, Answerer, check_record
-from forge.process import forward_warnings, one_line, take_stdout
+from forge.process import one_line, take_stdout
+from forge.runtime.forwarded_warnings import forward_warnings
 from forge.runtime.shard_files import ShardFiles
 
 RECORDS_PER_SHARD = 256

@@ -13,7 +13,8 @@ from typing import Any, Protocol
 import ray
 
 from forge.errors import ForgeError
-from forge.process import forward_warnings, one_line
+from forge.process import one_line
+from forge.runtime.forwarded_warnings import forward_warnings
 
 
 class ShardFunction(Protocol):
