@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from forge.cli import display
 from forge.cli.data_view import show_examples
+from forge.plan.batch import BatchPlan
 from forge.plan.plan import DraftPlan
 from forge.plan.world_size import WorldSizePlan
 from forge.report.alerts_text import alert_facts
@@ -28,11 +29,14 @@ def show_plan(plan: DraftPlan, *, to_stderr: bool = False) -> None:
     columns[1:1] = ["#group"] if has_groups else []
     columns += ["#~time"] if hours else []
     shown = _shown(plan.worlds)
+    is_shared = any(world.batch.sequence_parallel_size > 1 for world in plan.worlds)
+    columns[1:1] = ["#per seq."] if is_shared else []
     for world in shown:
         batch, need = world.batch, world.memory
         rows.append(
             [
                 str(batch.world_size),
+                *([_ranks_of_sequence(batch)] if is_shared else []),
                 *([str(world.hpz_partition_size)] if has_groups else []),
                 str(batch.micro_batch_size),
                 str(batch.gradient_accumulation_steps),
@@ -60,6 +64,12 @@ def show_plan(plan: DraftPlan, *, to_stderr: bool = False) -> None:
         display.message(f"{num_further:,} further numbers of workers: {where}", console=console)
     if plan.view is not None:
         show_examples(plan.view.examples, console=console)
+
+
+def _ranks_of_sequence(batch: BatchPlan) -> str:
+    """How many ranks share each sequence, and how many take none: `2`, or `2 (1 spare)`."""
+    spare = f" ({batch.num_spare_ranks} spare)" if batch.num_spare_ranks else ""
+    return f"{batch.sequence_parallel_size}{spare}"
 
 
 def _shown(worlds: Sequence[WorldSizePlan]) -> Sequence[WorldSizePlan]:

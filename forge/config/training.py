@@ -36,6 +36,9 @@ _NO_SHARDS_8BIT = (
     "stages 1 to 3 begin within a block; at these stages lion and adafactor need less memory than adamw"
 )
 
+SEQUENCE_PARALLEL_OBJECTIVES = ("causal-lm", "chat")
+"""Objectives whose loss is a sum over positions, so that ranks can each compute it for a part of a sequence."""
+
 _READ_WITH = {
     "masking": ("masked-lm",),
     "dpo": ("dpo", "ipo"),
@@ -228,6 +231,13 @@ class TrainingSpec(Section):
     zero: ZeroSpec = ZeroSpec()
     """Sharding of the training state over the workers."""
 
+    sequence_parallel: WholeOrAuto = "auto"
+    """Ranks that share each sequence (Ulysses, arXiv 2309.14509): each holds a part of its positions, and in
+    attention all positions of a part of the heads. Activations per rank are divided by it. It must divide the
+    attention heads, the key-value heads and `data.seq_len`. `1`: none. `auto`: 1, or the fewest ranks at which a
+    sequence fits the memory estimate. At a number of workers that it does not divide, a smaller number is taken or
+    ranks are left without sequences, whichever takes less computation. DeepSpeed's `sequence_parallel_size`."""
+
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: about a third more FLOPs, far less memory."""
 
@@ -263,6 +273,7 @@ class TrainingSpec(Section):
                 errors.append(FieldError(f"schedule.{key}", problem, depends_on=("total_steps",)))
         if self.optimizer.name == "adamw-8bit" and self.zero.stage != 0:
             errors.append(FieldError("optimizer.name", _NO_SHARDS_8BIT, depends_on=("zero.stage",)))
+        errors += self._sequence_parallel_problems()
         errors += self.unread_sections(changed=True)
         errors += self._ipo_problems()
         raise_errors(errors)
@@ -279,6 +290,17 @@ class TrainingSpec(Section):
     def unread_sections(self, *, changed: bool = False) -> Iterator[FieldError]:
         """Yield the problems of sections that the objective does not read."""
         return unread_sections(self, _READ_WITH, by="objective", changed=changed)
+
+    def _sequence_parallel_problems(self) -> Iterator[FieldError]:
+        size = self.sequence_parallel
+        if size == "auto" or size == 1:
+            return
+        if size < 1:
+            yield FieldError("sequence_parallel", f"must be auto or a number of ranks from 1, not {size}")
+        elif self.objective not in SEQUENCE_PARALLEL_OBJECTIVES:
+            served = " and ".join(SEQUENCE_PARALLEL_OBJECTIVES)
+            problem = f"is for the objectives {served}; the loss of {self.objective} needs whole sequences; use 1"
+            yield FieldError("sequence_parallel", problem, depends_on=("objective",))
 
     def _ipo_problems(self) -> Iterator[FieldError]:
         if self.objective == "ipo" and self.pair_loss != "ipo":

@@ -84,7 +84,10 @@ class HeldOutBatches:
 
     rows: RowStore
     rank: int
+    """With sequence parallelism, that of its group; if it is not below `world_size`, the rank is spare, and all of
+    its rows only fill up."""
     world_size: int
+    """Or the number of groups."""
     micro_batch_size: int
     parts: Mapping[str, int] = field(default_factory=dict)
     """The number of rows of each part of a mixture, in their order."""
@@ -100,10 +103,12 @@ class HeldOutBatches:
         return sum(-(-count // self._per_round) for count in self._counts.values())
 
     def __iter__(self) -> Iterator[MicroBatch]:
-        first = 0
+        first, is_spare = 0, self.rank >= self.world_size
+        begin = 0 if is_spare else self.rank * self.micro_batch_size
         for part, count in self._counts.items():
-            for at in range(self.rank * self.micro_batch_size, count + self._missing(count), self._per_round):
-                chosen = np.arange(first + at, first + min(at + self.micro_batch_size, count), dtype=np.int64)
+            for at in range(begin, count + self._missing(count), self._per_round):
+                stop = at if is_spare else min(at + self.micro_batch_size, count)
+                chosen = np.arange(first + at, first + stop, dtype=np.int64)
                 yield _filled(self.rows, chosen, positions=chosen, size=self.micro_batch_size, part=part)
             first += count
 

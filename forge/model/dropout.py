@@ -74,11 +74,17 @@ _AXIS_STEPS = (0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D, 0x27D4EB2F, 0x165667B1)
 class SampleDropout:
     """A replacement for torch's dropout; `begin` sets the samples of each micro-batch."""
 
-    def __init__(self, model: nn.Module, *, seed: int) -> None:
-        """Register hooks on every module, to know which one calls dropout."""
+    def __init__(self, model: nn.Module, *, seed: int, part: tuple[int, int] | None = None) -> None:
+        """Register hooks on every module, to know which one calls dropout.
+
+        Args:
+            part: where ranks share sequences, the part that this rank has, and their number; what is drawn for the
+                whole sequence is applied to it.
+        """
         self._seed = seed
         self._step = 0
         self._samples: list[str] = []
+        self._part = part
         self._is_padded = False
         """Whether samples are padded to the longest of their micro-batch."""
         self._calls: list[tuple[str, list[int]]] = []
@@ -137,7 +143,15 @@ class SampleDropout:
         generator = torch.Generator(device=input.device)
         for index, seed in enumerate(seeds):
             generator.manual_seed(seed)
-            mask[index * rows : (index + 1) * rows].bernoulli_(1 - p, generator=generator)
+            own = mask[index * rows : (index + 1) * rows]
+            if self._part is None:
+                own.bernoulli_(1 - p, generator=generator)
+            else:
+                part, num_parts = self._part
+                length = own.shape[1]
+                whole = own.new_empty(rows, num_parts * length, *own.shape[2:])
+                whole.bernoulli_(1 - p, generator=generator)
+                own.copy_(whole[:, part * length : (part + 1) * length])
         scaled = mask.div_(1 - p) if p < 1 else mask
         return input.mul_(scaled) if inplace else input * scaled
 

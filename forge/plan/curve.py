@@ -64,10 +64,24 @@ def free_differences(before: JobSpec, now: JobSpec) -> list[Difference]:
     return [difference for difference in differences(*bodies) if difference.key not in fixed]
 
 
+_FREE = (
+    *("evaluate_every", "micro_batch_size", "zero", "activation_checkpointing", "sequence_parallel"),
+    "cross_entropy",
+)
+"""Keys of `training` that do not decide on the loss curve."""
+
+
 def _deciding(job: JobSpec) -> dict[str, Any]:
     """The part of a job that determines the loss curve."""
     body = job.model_dump(mode="json", include={"model", "data", "training"})
-    for name in ("evaluate_every", "micro_batch_size", "zero", "activation_checkpointing", "cross_entropy"):
+    for name in (
+        "evaluate_every",
+        "micro_batch_size",
+        "zero",
+        "activation_checkpointing",
+        "sequence_parallel",
+        "cross_entropy",
+    ):
         body["training"].pop(name)
     zero = job.training.zero
     quantized = {key: True for key in ("quantized_weights", "quantized_gradients") if getattr(zero, key)}

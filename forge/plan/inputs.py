@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from forge.objective.registry import Direction
@@ -229,6 +229,15 @@ class ModelInfo:
     """`attn_implementation` of transformers; None if it is chosen by the device (`stores_scores`)."""
     num_attention_heads: int = 0
     """Of the text model; 0 if unknown."""
+    num_key_value_heads: int = 0
+    """Likewise."""
+    sequence_parallel_problem: str | None = None
+    """Why ranks cannot share a sequence, such as "BloomForCausalLM is not supported"; None if they can."""
+
+    def at_length(self, seq_len: int, *, measured_at: int) -> ModelInfo:
+        """Return the model with what a row of another length keeps for the backward pass, in proportion."""
+        scaled = {name: size * seq_len // measured_at for name, size in self.layer_bytes_per_row.items()}
+        return replace(self, layer_bytes_per_row=scaled)
 
     def stores_scores(self, *, is_on_host: bool, seq_len: int) -> bool:
         """Whether attention is computed as plain products, whose scores are kept for the backward pass."""

@@ -65,6 +65,8 @@ class LlamaShape:
             max_seq_len=None,
             has_linear_head=True,
             isolation_problem=None,
+            num_attention_heads=self.num_attention_heads,
+            num_key_value_heads=self.num_key_value_heads,
         )
 
 

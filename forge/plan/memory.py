@@ -124,6 +124,7 @@ def estimate_memory(
     teacher: TeacherInfo | None = None,
     holds_reference: bool = False,
     hpz_partition_size: int = 1,
+    sequence_parallel_size: int = 1,
 ) -> MemoryEstimate:
     """Estimate the memory of one worker at one world size.
 
@@ -135,28 +136,30 @@ def estimate_memory(
         teacher: of a distillation.
         holds_reference: every worker holds the model as it was before training, too.
         hpz_partition_size: workers in a group of hpZ; 1: no groups.
+        sequence_parallel_size: ranks that share each sequence; its activations and logits are divided by it.
     """
     stage = training.zero.stage
-    half = training.precision == "bf16"
     width = WEIGHT_BYTES[training.precision]
-    parameters = model.num_parameters
     trainable = model.num_trainable_parameters
     # A separate master copy exists unless fp32 weights are updated in place (ZeRO 0).
-    master = 4 if half or stage > 0 else 0
+    master = 4 if training.precision == "bf16" or stage > 0 else 0
     shards = world_size if stage >= 1 else 1
     weights = _weights_bytes(model, training, world_size=world_size, hpz_partition_size=hpz_partition_size)
     buffers = _zero3_buffers(model, training, world_size=world_size, is_on_host=is_on_host)
     gradients = width * trainable // (world_size if stage >= 2 else 1)
     optimizer = (master * trainable + state.sharded_bytes) // shards + state.replicated_bytes
     ema = 4 * trainable // shards if training.ema else 0
-    # A rank snapshots its share at every stage; frozen parameters in their own precision, or not at all.
-    frozen = parameters - trainable - model.num_base_parameters
-    snapshot = ((8 if training.ema else 4) * trainable + state.total_bytes + width * frozen) // world_size
+    snapshot = _snapshot_bytes(model, training, state=state) // world_size
     is_offloaded = training.zero.offload == "cpu" and not is_on_host
     step = _step_bytes(training, is_on_host=is_on_host)
-    logits = logits_bytes(model, training, num_tokens=micro_batch_size * seq_len)
+    logits = logits_bytes(model, training, num_tokens=micro_batch_size * seq_len // sequence_parallel_size)
     activations = logits + activation_bytes(
-        model, training, micro_batch_size=micro_batch_size, seq_len=seq_len, is_on_host=is_on_host
+        model,
+        training,
+        micro_batch_size=micro_batch_size,
+        seq_len=seq_len,
+        is_on_host=is_on_host,
+        sequence_parallel_size=sequence_parallel_size,
     )
     tokens = micro_batch_size * seq_len
     if teacher is not None:
@@ -166,7 +169,7 @@ def estimate_memory(
             weights += width * teacher.num_parameters
             activations += tokens * width * teacher.vocab_size
     if holds_reference:
-        weights += width * parameters
+        weights += width * model.num_parameters
         if training.cross_entropy == "plain" or not model.has_linear_head:
             activations += tokens * model.vocab_size * (width + 4)  # and a copy in fp32
     return MemoryEstimate(
@@ -182,6 +185,13 @@ def estimate_memory(
         libraries_bytes=LIBRARIES_BYTES if is_on_host else 0,
         is_on_host=is_on_host,
     )
+
+
+def _snapshot_bytes(model: ModelInfo, training: TrainingSpec, *, state: OptimizerState) -> int:
+    """Of a snapshot of all ranks, at every stage; of frozen parameters in their own precision, or not at all."""
+    frozen = model.num_parameters - model.num_trainable_parameters - model.num_base_parameters
+    kept = (8 if training.ema else 4) * model.num_trainable_parameters + state.total_bytes
+    return kept + WEIGHT_BYTES[training.precision] * frozen
 
 
 def _weights_bytes(model: ModelInfo, training: TrainingSpec, *, world_size: int, hpz_partition_size: int) -> int:
@@ -238,9 +248,18 @@ def num_copies_in_memory(*, engine: str, world_size: int) -> int:
 
 
 def activation_bytes(
-    model: ModelInfo, training: TrainingSpec, *, micro_batch_size: int, seq_len: int, is_on_host: bool
+    model: ModelInfo,
+    training: TrainingSpec,
+    *,
+    micro_batch_size: int,
+    seq_len: int,
+    is_on_host: bool,
+    sequence_parallel_size: int = 1,
 ) -> int:
     """Return the bytes stored for the backward pass of one micro-batch, logits left out.
+
+    Ranks that share a sequence hold an equal part of it each: outside of attention a part of the positions, within
+    it a part of the heads. Their attention is always fused.
 
     What the layers of a model of transformers keep is measured (`forge.model.kept_activations`); where attention
     is not fused its scores are added: their softmax in fp32, and its copy in the model's precision. Of models that
@@ -258,12 +277,12 @@ def activation_bytes(
     layers = micro_batch_size * model.layer_bytes_per_row.get(training.precision, 0)
     if not layers:
         layers = tokens * model.num_layers * (10 * model.hidden_size + 3 * model.intermediate_size) * width
-    if model.stores_scores(is_on_host=is_on_host, seq_len=seq_len):
+    if sequence_parallel_size == 1 and model.stores_scores(is_on_host=is_on_host, seq_len=seq_len):
         scores = tokens * seq_len * model.num_attention_heads * model.num_layers
         layers += scores * (4 if width == 4 else 4 + width)
     if training.activation_checkpointing and model.num_layers:
         layers = tokens * model.num_layers * model.hidden_size * width + layers // model.num_layers
-    return layers
+    return layers // sequence_parallel_size
 
 
 def logits_bytes(model: ModelInfo, training: TrainingSpec, *, num_tokens: int) -> int:

@@ -42,6 +42,7 @@ from forge.plan.mixture import as_read, epoch_sequences
 from forge.plan.parameter_groups import groups_of, optimizer_state
 from forge.plan.schedule import FormerLength, ScheduleSteps, schedule_steps
 from forge.plan.search import SearchPlan
+from forge.plan.sequence_parallel import require_degree
 from forge.plan.throughput import Interconnect
 from forge.plan.warnings import corpus_warnings
 from forge.plan.world_size import WorldSizePlan, listed_sizes, plan_world_size
@@ -283,6 +284,7 @@ def _resolved(
     _check_targets(job, corpus)
     _check_class_weights(job, corpus)
     _check_quantized(job, hardware)
+    require_degree(job, model)
     if (packing := packing_problem(job, model)) is not None:
         raise PlanError(f"data.packing: {packing}")
     read = None if corpus is None else as_read(job.data, corpus)

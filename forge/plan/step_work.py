@@ -85,8 +85,11 @@ def step_work(
     outputs = model.num_outputs or model.vocab_size
     trained = model.num_trainable_parameters
     shards = batch.world_size if training.zero.stage >= 1 else 1
+    degree = batch.sequence_parallel_size
+    # Queries and outputs, and keys and values, which may have fewer heads.
+    heads = 2 + 2 * model.num_key_value_heads / max(1, model.num_attention_heads)
     return StepWork(
-        tokens=batch.micro_batch_size * seq_len,
+        tokens=batch.micro_batch_size * seq_len // degree,
         num_micro_batches=batch.gradient_accumulation_steps,
         matmul_flops=total - attention + forward_flops_beside,
         recomputed_flops=layers if training.activation_checkpointing else 0.0,
@@ -104,4 +107,6 @@ def step_work(
         peak_flops=gpu.bf16_flops if training.precision == "bf16" else gpu.fp32_flops,
         num_layers=model.num_layers,
         hpz_partition_size=hpz_partition_size,
+        sequence_parallel_size=degree,
+        exchanged_bytes=heads * model.attention_width * model.num_layers * width * (degree - 1) / degree,
     )

@@ -12,7 +12,8 @@ are not overlapped at the first and the last layer. The optimizer reads and writ
 
 A collective operation of W ranks moves V·(W-1)/W bytes per rank through the slowest link of a ring: that within a
 node, or all network cards of a node together (Rajbhandari et al., arXiv 1910.02054, section 7; NCCL's rings leave
-a node once for all of its GPUs).
+a node once for all of its GPUs). Ranks that share a sequence exchange queries, keys, values and outputs of every
+attention (DeepSpeed Ulysses, arXiv 2309.14509, section 3.2), which nothing hides.
 
 The ten constants of `Efficiency` were fitted to 104 measured configurations of 125M to 70B parameters on 8 to 512
 A100 and H100 GPUs, published by MosaicML (LLM Foundry, scripts/train/benchmarking/README.md at commit 8c8dd48f,
@@ -102,6 +103,10 @@ class StepWork:
     num_layers: int = 0
     hpz_partition_size: int = 1
     """Workers in a group of hpZ; 1: no groups."""
+    sequence_parallel_size: int = 1
+    """Ranks that share each sequence."""
+    exchanged_bytes: float = 0.0
+    """Of a token, sent to the other ranks of its sequence in one pass over all layers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,6 +118,8 @@ class StepTime:
     memory_s: float
     communication_s: float
     """As long as it takes by itself."""
+    exchange_s: float
+    """Between the ranks that share a sequence, before and after each attention, which wait for it."""
     optimizer_s: float
     total_s: float
     """Less than the sum: communication is partly hidden."""
@@ -146,14 +153,17 @@ def estimate_step(
     communication_s = moved.of_all / _bandwidth(gpu, interconnect, work.world_size, constants)
     communication_s += moved.in_groups / _bandwidth(gpu, interconnect, work.hpz_partition_size, constants)
     optimizer_s = work.state_bytes / gpu.memory_bytes_per_s
+    exchanged = work.num_micro_batches * work.tokens * (passes - 1) * work.exchanged_bytes
+    exchange_s = exchanged / _bandwidth(gpu, interconnect, work.sequence_parallel_size, constants)
     hidden = (1 - constants.exposed) * min(computed_s, communication_s)
     return StepTime(
         matmul_s=work.num_micro_batches * matmul_s,
         attention_s=work.num_micro_batches * attention_s,
         memory_s=work.num_micro_batches * memory_s,
         communication_s=communication_s,
+        exchange_s=exchange_s,
         optimizer_s=optimizer_s,
-        total_s=computed_s + communication_s - hidden + optimizer_s,
+        total_s=computed_s + communication_s - hidden + exchange_s + optimizer_s,
         tokens=work.tokens * work.num_micro_batches,
     )
 

@@ -17,13 +17,14 @@ from functools import partial
 from typing import Any
 
 from forge.config.job import JobSpec
-from forge.plan.batch import BatchPlan, plan_batch
+from forge.plan.batch import BatchPlan
 from forge.plan.cluster_links import cluster_links
 from forge.plan.deepspeed_config import deepspeed_config
 from forge.plan.gpus import find_gpu
 from forge.plan.inputs import HardwareInfo, ModelInfo, TeacherInfo
-from forge.plan.memory import MemoryEstimate, estimate_memory, max_micro_batch_size, num_copies_in_memory
+from forge.plan.memory import MemoryEstimate, estimate_memory, num_copies_in_memory
 from forge.plan.parameter_groups import OptimizerState
+from forge.plan.sequence_parallel import split_batch
 from forge.plan.step_work import step_work_of_job
 from forge.plan.throughput import Interconnect, estimate_step
 from forge.units import Range
@@ -182,9 +183,8 @@ def _split(
         holds_reference=job.holds_reference,
         hpz_partition_size=hpz_partition_size,
     )
-    micro = max_micro_batch_size(job.training, estimate=estimate, memory_bytes=hardware.memory_bytes)
-    batch = plan_batch(job.training.global_batch_size, world_size=world_size, max_micro_batch_size=micro)
-    need = estimate(micro_batch_size=batch.micro_batch_size)
+    batch = split_batch(job, model, estimate=estimate, world_size=world_size, memory_bytes=hardware.memory_bytes)
+    need = estimate(micro_batch_size=batch.micro_batch_size, sequence_parallel_size=batch.sequence_parallel_size)
     return WorldSizePlan(
         batch=batch,
         memory=need,

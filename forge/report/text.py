@@ -19,6 +19,7 @@ from forge.report.forecast_text import forecast_facts
 from forge.report.hpz_text import hpz_facts
 from forge.report.optimizer_text import optimizer_facts
 from forge.report.score_text import score_text, tasks_text
+from forge.report.sequence_text import sequence_facts
 from forge.report.time_limits import deadline_facts
 from forge.report.trial_rows import shown
 from forge.runs.event_text import short, workers
@@ -28,8 +29,7 @@ from forge.runs.scores import newest_scores, read_scores
 from forge.train.lr_schedule import length_change
 from forge.units import counted, format_bytes, format_count, format_duration
 
-_MAX_PATTERNS = 8
-_MAX_REASONS = 6
+_MAX_PATTERNS, _MAX_REASONS = 8, 6
 
 
 def headline(plan: DraftPlan) -> str:
@@ -74,7 +74,7 @@ def plan_facts(plan: DraftPlan) -> list[tuple[str, str]]:
          f"{said('training.schedule.warmup', plan.schedule_steps.warmup)} "
          f"{'step' if plan.schedule_steps.warmup == 1 else 'steps'} of warm-up)"),
         *hpz_facts(plan),
-        *optimizer_facts(plan),
+        *optimizer_facts(plan), *sequence_facts(plan),
         ("arithmetic", f"{format_count(plan.flops_per_token)}FLOP per token, "
          f"{format_count(total_flops)}FLOP in all"),
         ("hardware", _hardware(plan)),

@@ -49,6 +49,7 @@ from forge.train.metric_sums import MetricSums
 from forge.train.metrics import peak_memory_gib
 from forge.train.optimizer import build_optimizer
 from forge.train.row_seeds import row_seeds
+from forge.train.sequence_parallel import SequenceParallel
 from forge.train.state import TrainState
 from forge.train.zero3 import gather_whole_modules, sharding_of
 
@@ -106,16 +107,19 @@ class Engine:
         training: TrainingSpec,
         dropout: SampleDropout | None = None,
         base: BaseWeights | None = None,
+        sequence: SequenceParallel | None = None,
     ) -> None:
         """Args:
         engine: what `deepspeed.initialize` returned, around an `ObjectiveModule`.
         dropout: gets the positions of every micro-batch, where the model has any dropout.
         base: the pretrained weights that frozen parameters refer to.
+        sequence: splits each sequence over ranks, if they share any.
         """
         self._engine = engine
         self._module: ObjectiveModule = engine.module
         self.metric_directions = self._module.objective.metric_directions
         self._dropout = dropout
+        self._sequence = sequence
         self._training = training
         self.state = TrainState(engine, keep_average=training.ema is not None, base=base)
         self.device: torch.device = engine.device
@@ -253,7 +257,7 @@ class Engine:
         return self._module.objective.batch({**batch.arrays, "row_seeds": seeds})
 
     def _forward(self, inputs: _Inputs, *, with_metrics: bool = False, is_first_pass: bool = False) -> torch.Tensor:
-        moved = move_to(self.device, inputs)
+        moved = move_to(self.device, inputs if self._sequence is None else self._sequence.split(inputs))
         loss: torch.Tensor = self._engine(moved, with_metrics=with_metrics, is_first_pass=is_first_pass)
         return loss
 
@@ -321,6 +325,7 @@ def build_engine(
     has_linear_head: bool,
     skip_init: bool = False,
     pins_base: bool = False,
+    sequence_parallel_size: int = 1,
 ) -> Engine:
     """Build the model, its loss and its optimizer, and pass them to DeepSpeed; collective.
 
@@ -331,6 +336,7 @@ def build_engine(
         skip_init: do not initialise the weights, as all of them will be loaded.
         pins_base: checkpoints name the pretrained weights even if they do not refer to any, since the objective
             compares with them.
+        sequence_parallel_size: ranks that share each sequence.
     """
     family = family_of(model_spec)
     model = family.build(
@@ -348,6 +354,7 @@ def build_engine(
         if not hasattr(model, "gradient_checkpointing_enable"):
             raise ModelError("has no gradient_checkpointing_enable() for activation_checkpointing", key="class")
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+    sequence = SequenceParallel.of(model, sequence_parallel_size)
     if training.zero.stage == 3:
         gather_whole_modules(model)
     module = ObjectiveModule(model, objective=objective)
@@ -355,19 +362,19 @@ def build_engine(
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=deepspeed_config)
     if isinstance(objective, _Chunked) and training.cross_entropy == "chunked" and has_linear_head:
         objective.use_chunks(model)
-    dropout = SampleDropout(model, seed=training.seed) if model_has_dropout(model) else None
+    part = None if sequence is None else (sequence.part, sequence_parallel_size)
+    dropout = SampleDropout(model, seed=training.seed, part=part) if model_has_dropout(model) else None
     if dropout is not None:
         dropout.install()
     if model_spec.from_pretrained is None:
-        return Engine(engine, training=training, dropout=dropout)
+        return Engine(engine, training=training, dropout=dropout, sequence=sequence)
     weights = family.open_pretrained(model_spec, data)
     if weights.unused and dist.get_rank() == 0:
         unused = f"tensors that the model does not have are not used: {some(weights.unused)}"
         sys.stderr.write(f"{model_spec.from_pretrained}: {unused}\n")
     pins_base = pins_base or any(not parameter.requires_grad for parameter in model.parameters())
-    built = Engine(
-        engine, training=training, dropout=dropout, base=digest_base(weights.files) if pins_base else None
-    )
+    base = digest_base(weights.files) if pins_base else None
+    built = Engine(engine, training=training, dropout=dropout, base=base, sequence=sequence)
     built.state.load_base(weights)
     if not skip_init:
         source = model_spec.adapters_from

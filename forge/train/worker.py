@@ -229,10 +229,12 @@ def _build(plan: Plan, context: WorkerContext, *, device: torch.device, skip_ini
     for init in (plan.init, plan.adapters_init):
         if init is not None and not skip_init:
             _verify_init(init, checkpoints=context.checkpoints)
+    world = plan.for_world_size(context.world_size)
     return build_engine(
         plan.job.model,
         plan.job.training,
-        deepspeed_config=plan.for_world_size(context.world_size).deepspeed,
+        deepspeed_config=world.deepspeed,
+        sequence_parallel_size=world.batch.sequence_parallel_size,
         data=DataShape.of(plan),
         objective=build_objective(plan.job.training.objective, context=_objective_context(plan, device=device)),
         device=device,
@@ -316,8 +318,8 @@ def _train_inputs(
         ),
         held_out=HeldOutBatches(
             rows=held_out_rows,
-            rank=context.rank,
-            world_size=context.world_size,
+            rank=context.rank // world.batch.sequence_parallel_size,
+            world_size=world.batch.num_groups,
             micro_batch_size=world.batch.micro_batch_size,
             parts={part.name: part.corpus.num_held_out_sequences for part in plan.corpus.parts},
         ),

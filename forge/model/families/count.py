@@ -15,6 +15,7 @@ from forge.model.composite import encoder_of
 from forge.model.families.base import DataShape, parameter_counts
 from forge.model.isolation import isolation_problem
 from forge.model.positions import num_positions
+from forge.model.sequence_parallel import sequence_parallel_problem
 from forge.objective.registry import AutoClass
 from forge.plan.inputs import ModelInfo
 
@@ -75,6 +76,8 @@ def count_model(model: Any, config: PretrainedConfig, *, data: DataShape, of_sou
         intermediate_size=_width_of_mlp(text),
         attention_width=heads * (getattr(text, "head_dim", None) or text.hidden_size // heads),
         num_attention_heads=heads,
+        num_key_value_heads=getattr(text, "num_key_value_heads", None) or heads,
+        sequence_parallel_problem=sequence_parallel_problem(model),
         vocab_size=text.vocab_size,
         num_outputs=text.hidden_size if data.auto_class == "AutoModel" else data.num_labels,
         max_seq_len=num_positions(model),

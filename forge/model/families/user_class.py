@@ -79,6 +79,7 @@ class UserClassFamily:
             max_seq_len=None,
             has_linear_head=False,
             isolation_problem=isolation_problem(model),
+            sequence_parallel_problem=f"{type(model).__name__} is a class of the job's own",
             look_ahead_problem=_look_ahead_problem(spec, data, flops=cost["flops"]),
             activation_bytes_per_row=cost["activation_bytes"],
         )

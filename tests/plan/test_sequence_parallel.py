@@ -1,0 +1,133 @@
+"""The degree of sequence parallelism at every world size, and who takes which rows."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from forge.config.training import TrainingSpec
+from forge.errors import PlanError
+from forge.plan.batch import plan_batch
+from forge.plan.plan import make_draft
+from forge.plan.sequence_parallel import longest_sequences
+from tests.support.jobs import CPU, tiny_facts, tiny_job
+
+EIGHT = {"num_attention_heads": 8, "num_key_value_heads": 8}
+
+
+def degrees(
+    *, workers: str = "1..8", batch: int = 8, memory_gib: float | None = None, **changes: Any
+) -> dict[int, int]:
+    """The degree at every world size of a job with eight heads."""
+    job = tiny_job(resources__workers=workers, training__global_batch_size=batch, **changes)
+    memory = None if memory_gib is None else int(memory_gib * 2**30)
+    plan = make_draft(job, model=tiny_facts(**EIGHT), hardware=replace(CPU, memory_bytes=memory))
+    return {world.batch.world_size: world.batch.sequence_parallel_size for world in plan.worlds}
+
+
+def test_degree__number__divides_or_least_computation() -> None:
+    # 5 ranks: 8 sequences are two each in groups of 1, of 2 (with a spare rank) 4 halves, of 4 8 quarters: equal.
+    # 6: two each, or 3 halves in 3 groups of 2; 7: two each, 3 halves, or 8 quarters.
+    assert degrees(training__sequence_parallel=4) == {1: 1, 2: 2, 3: 1, 4: 4, 5: 4, 6: 2, 7: 2, 8: 4}
+    assert set(degrees(training__sequence_parallel=1).values()) == {1}
+
+
+def test_degree__auto__is_1_where_sequences_fit_or_memory_is_unknown() -> None:
+    assert set(degrees().values()) == {1}
+    assert set(degrees(memory_gib=64).values()) == {1}
+
+
+def test_degree__auto_and_little_memory__is_the_lowest_that_fits() -> None:
+    job = tiny_job(resources__workers="1..8", data__seq_len=2**17)
+    facts = tiny_facts(**EIGHT, hidden_size=1024, intermediate_size=4096, num_layers=8, max_seq_len=None)
+    plan = make_draft(job, model=facts, hardware=replace(CPU, device="cuda", memory_bytes=16 * 2**30))
+    at = {world.batch.world_size: world for world in plan.worlds}
+    assert at[1].fits is False
+    assert [at[size].batch.sequence_parallel_size for size in (1, 2, 4, 8)] == [1, 1, 4, 4]
+    assert at[4].fits and at[8].fits and not at[2].fits
+    # A lower degree divides no world size of 5 to 7; ranks after a group of 4 are spare.
+    assert [(at[size].batch.sequence_parallel_size, at[size].batch.num_spare_ranks) for size in (5, 7)] == [
+        (4, 1),
+        (4, 3),
+    ]
+    assert at[4].memory.activations_bytes < 0.3 * at[2].memory.activations_bytes
+
+
+def test_degree__more_workers_than_sequences__groups_are_fed() -> None:
+    assert degrees(workers="8", batch=2, training__sequence_parallel=4) == {8: 4}
+    with pytest.raises(PlanError, match=r"cannot feed 8 workers: 4 of them would be idle"):
+        degrees(workers="8", batch=2, training__sequence_parallel=2)
+
+
+@pytest.mark.parametrize(
+    ("degree", "facts", "problem"),
+    [
+        (
+            3,
+            EIGHT,
+            "3, which does not divide the 8 attention heads and 8 key-value heads and 16 tokens of data.seq_len",
+        ),
+        (
+            4,
+            EIGHT | {"num_key_value_heads": 2},
+            "4, which does not divide the 2 key-value heads; possible are 1, 2",
+        ),
+        (2, {}, "the number of attention heads of LlamaForCausalLM is unknown"),
+        (2, EIGHT | {"sequence_parallel_problem": "Bloom is not supported"}, "Bloom is not supported; use 1"),
+    ],
+)
+def test_degree__impossible__is_refused_by_name(degree: int, facts: dict[str, Any], problem: str) -> None:
+    job = tiny_job(training__sequence_parallel=degree)
+    with pytest.raises(PlanError, match=problem) as raised:
+        make_draft(job, model=tiny_facts(**facts), hardware=CPU)
+    assert raised.value.job_key == "training.sequence_parallel"
+
+
+@pytest.mark.parametrize(("size", "objective"), [(0, "causal-lm"), (-2, "chat"), (2, "masked-lm"), (2, "seq2seq")])
+def test_config__degree_without_meaning__is_refused(size: int, objective: str) -> None:
+    body = {"total_steps": 1, "sequence_parallel": size, "objective": objective}
+    with pytest.raises(ValueError, match=r"is for the objectives|number of ranks"):
+        TrainingSpec.model_validate(body)
+
+
+@given(size=st.integers(1, 40), world_size=st.integers(1, 24), degree=st.integers(1, 8), micro=st.integers(1, 5))
+def test_share__any_degree__groups_cover_the_batch_once(
+    size: int, world_size: int, degree: int, micro: int
+) -> None:
+    if degree > world_size or world_size // degree > size:
+        return
+    batch = plan_batch(size, world_size=world_size, max_micro_batch_size=micro, sequence_parallel_size=degree)
+    shares = [batch.share(rank) for rank in range(world_size)]
+    taken = [row for low, high in shares[: batch.num_groups * degree : degree] for row in range(low, high)]
+    assert taken == list(range(size))
+    for rank, (low, high) in enumerate(shares):
+        group = rank // degree
+        assert (low, high) == (shares[group * degree] if group < batch.num_groups else (size, size))
+        assert high - low <= batch.micro_batch_size * batch.gradient_accumulation_steps
+    assert batch.padding >= 0
+
+
+def test_longest_sequences__degrees__grow_in_proportion() -> None:
+    from forge.plan.memory import MemoryEstimate, estimate_memory
+    from forge.plan.parameter_groups import OptimizerState
+
+    job = tiny_job()
+    facts = tiny_facts(**EIGHT, hidden_size=1024, intermediate_size=4096, num_layers=8)
+
+    def estimate(degree: int, length: int) -> MemoryEstimate:
+        return estimate_memory(
+            facts, job.training, world_size=8, micro_batch_size=1, seq_len=length, is_on_host=False,
+            state=OptimizerState(sharded_bytes=0, replicated_bytes=0), sequence_parallel_size=degree,
+        )  # fmt: skip
+
+    found = longest_sequences((1, 2, 4), estimate=estimate, memory_bytes=16 * 2**30, most=None)
+    assert found[2] == pytest.approx(2 * found[1], rel=0.02)
+    assert found[4] == pytest.approx(4 * found[1], rel=0.02)
+    for degree, length in found.items():
+        assert estimate(degree, length).fits(16 * 2**30)
+        assert not estimate(degree, length + 64 * degree).fits(16 * 2**30)
+    assert longest_sequences((2,), estimate=estimate, memory_bytes=16 * 2**30, most=1000) == {2: 896}
