@@ -23,7 +23,6 @@ from forge.config.overrides import check_kind
 from forge.data.prepare import PrepareProgress
 from forge.data.view import Selection
 from forge.errors import ArgumentError, ForgeWarning, JobFileError
-from forge.evaluate.stored_examples import with_task_examples
 from forge.plan.bill import Bill, BillScope, is_priced, make_bill
 from forge.plan.cluster_links import cluster_links
 from forge.plan.data_view import DataView
@@ -303,7 +302,7 @@ def start(
         plan = with_cost(plan, spec, usd_per_hour=target.cluster.price())
     if resume is not None:
         plan = resumed_plan(resume, plan)
-    plan = with_task_examples(plan, before=read_plan(resume) if resume is not None else None, run_folder=resume)
+    plan = _with_task_examples(plan, resume=resume)
     if on_plan is not None:
         on_plan(plan, target)
     if resume is None:
@@ -313,6 +312,15 @@ def start(
         reopen_run(folder, plan)
     remember_run(folder)
     return start_driver(folder) if target is None else submit(target, plan, folder=folder)
+
+
+def _with_task_examples(plan: Plan, *, resume: Path | None) -> Plan:
+    """Read the examples of the job's tasks, or keep those of the run that is resumed. Raises: DataError."""
+    if not plan.tasks:
+        return plan
+    from forge.evaluate.stored_examples import with_task_examples  # imports jinja2
+
+    return with_task_examples(plan, before=None if resume is None else read_plan(resume), run_folder=resume)
 
 
 def train_job(

@@ -144,7 +144,7 @@ def test_generate__options__reach_the_model(tmp_path: Path, monkeypatch: pytest.
     make_run(tmp_path, "run")
     asked: list[dict[str, Any]] = []
 
-    def answers(config: dict[str, Any], records: list[Any]) -> dict[str, Any]:
+    def answers(config: dict[str, Any], records: list[Any], **_: Any) -> dict[str, Any]:
         asked.append({**config, "records": records})
         return {"answers": [{"text": "b"}]}
 

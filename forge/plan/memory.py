@@ -153,14 +153,12 @@ def estimate_memory(
     is_offloaded = training.zero.offload == "cpu" and not is_on_host
     step = _step_bytes(training, is_on_host=is_on_host)
     logits = logits_bytes(model, training, num_tokens=micro_batch_size * seq_len // sequence_parallel_size)
-    activations = logits + activation_bytes(
-        model,
-        training,
-        micro_batch_size=micro_batch_size,
-        seq_len=seq_len,
-        is_on_host=is_on_host,
-        sequence_parallel_size=sequence_parallel_size,
-    )
+    sizes = {
+        "micro_batch_size": micro_batch_size,
+        "seq_len": seq_len,
+        "sequence_parallel_size": sequence_parallel_size,
+    }
+    activations = logits + activation_bytes(model, training, is_on_host=is_on_host, **sizes)
     tokens = micro_batch_size * seq_len
     if teacher is not None:
         # The logits of both, those of the student with their gradient; distributions are made of a chunk at a time.
