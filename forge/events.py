@@ -314,6 +314,28 @@ class GenerationStarted:
     """Empty if the engine does not report locations."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayersCompiled:
+    """The layers of the model were compiled in the first step of a generation (`training.compile`)."""
+
+    num_layers: int
+    num_graphs: int
+    """Compiled once each, and shared by the layers."""
+    num_from_cache: int
+    """Of `num_graphs`, those that an earlier generation or run had compiled on this node."""
+    seconds: float
+    """Rank 0 spent on it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompileFailed:
+    """Layers could not be compiled; the generation goes on without."""
+
+    reason: str
+    seconds: float
+    """Spent on trying."""
+
+
 # State: snapshots, checkpoints, evaluation
 
 
@@ -637,6 +659,8 @@ Event = (
     | StragglerDetected
     | GenerationStarting
     | GenerationStarted
+    | LayersCompiled
+    | CompileFailed
     | SnapshotIntervalChanged
     | CheckpointIntervalChanged
     | CheckpointSaved

@@ -74,14 +74,8 @@ _FREE = (
 def _deciding(job: JobSpec) -> dict[str, Any]:
     """The part of a job that determines the loss curve."""
     body = job.model_dump(mode="json", include={"model", "data", "training"})
-    for name in (
-        "evaluate_every",
-        "micro_batch_size",
-        "zero",
-        "activation_checkpointing",
-        "sequence_parallel",
-        "cross_entropy",
-    ):
+    layout = ("micro_batch_size", "zero", "activation_checkpointing", "sequence_parallel", "cross_entropy")
+    for name in ("evaluate_every", "compile", *layout):
         body["training"].pop(name)
     zero = job.training.zero
     quantized = {key: True for key in ("quantized_weights", "quantized_gradients") if getattr(zero, key)}

@@ -231,6 +231,8 @@ class ModelInfo:
     """Of the text model; 0 if unknown."""
     num_key_value_heads: int = 0
     """Likewise."""
+    has_dropout: bool = False
+    """Of a model of transformers, whether any rate of dropout is above 0."""
     sequence_parallel_problem: str | None = None
     """Why ranks cannot share a sequence, such as "BloomForCausalLM is not supported"; None if they can."""
 

@@ -1,4 +1,6 @@
-"""Describe a plan, a run and a search as (name, text) pairs, for terminals and HTML pages."""
+"""Describe a plan, a run and a search as (name, text) pairs, for terminals and HTML pages. The module is long
+because plan, run and search share their words.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +22,7 @@ from forge.report.hpz_text import hpz_facts
 from forge.report.optimizer_text import optimizer_facts
 from forge.report.score_text import score_text, tasks_text
 from forge.report.sequence_text import sequence_facts
+from forge.report.speed_text import speed_facts
 from forge.report.time_limits import deadline_facts
 from forge.report.trial_rows import shown
 from forge.runs.event_text import short, workers
@@ -74,7 +77,7 @@ def plan_facts(plan: DraftPlan) -> list[tuple[str, str]]:
          f"{said('training.schedule.warmup', plan.schedule_steps.warmup)} "
          f"{'step' if plan.schedule_steps.warmup == 1 else 'steps'} of warm-up)"),
         *hpz_facts(plan),
-        *optimizer_facts(plan), *sequence_facts(plan),
+        *optimizer_facts(plan), *sequence_facts(plan), *speed_facts(plan),
         ("arithmetic", f"{format_count(plan.flops_per_token)}FLOP per token, "
          f"{format_count(total_flops)}FLOP in all"),
         ("hardware", _hardware(plan)),

@@ -66,6 +66,8 @@ class EventDescriber:
                 return self._after_reason(describe_start(event))
             case "GenerationStarted":
                 self._members = {rank["node"] for rank in event.get("ranks", ())}
+            case "LayersCompiled" | "CompileFailed":
+                return _compile_text(event)
             case "SnapshotIntervalChanged":
                 every = "every step" if event["every"] == 1 else f"every {event['every']} steps"
                 cost = f"{format_duration(event['seconds'])} each, {event['share']:.1%} of the time"
@@ -83,9 +85,7 @@ class EventDescriber:
                 steps = f"{event['total_steps_before']:,} to {event['total_steps']:,} steps"
                 return f"the length changed from {steps} (it was {event['before']}); learning rate {rates}"
             case "EarlyStopped":
-                best = event["best"]
-                since = f"better than {best:.5g} of step {event['best_step']}" if best is not None else "a number"
-                return f"stopped early at step {event['step']}: {event['metric']} is no longer {since}"
+                return _early_stop_text(event)
             case "RunStopped" if event.get("reason"):
                 return f"stopped: {event['reason']}"
             case "SupervisorRestarted":
@@ -95,6 +95,19 @@ class EventDescriber:
     def _after_reason(self, text: str) -> str:
         reason, self._reason = self._reason, ""
         return f"{reason}; {text}" if reason else text
+
+
+def _early_stop_text(event: Mapping[str, Any]) -> str:
+    best = event["best"]
+    since = f"better than {best:.5g} of step {event['best_step']}" if best is not None else "a number"
+    return f"stopped early at step {event['step']}: {event['metric']} is no longer {since}"
+
+
+def _compile_text(event: Mapping[str, Any]) -> str:
+    if event["event"] == "CompileFailed":
+        return f"layers run uncompiled (training.compile): {event['reason']}"
+    layers = f"{event['num_layers']} layers compiled in {format_duration(event['seconds'])}"
+    return f"{layers}, {event['num_from_cache']} of {event['num_graphs']} graphs from the cache"
 
 
 def describe_start(event: Mapping[str, Any]) -> str:

@@ -4,7 +4,7 @@ The loss of a step is the sum over all ranks divided by the total weight of the 
 computes from the store. Each rank scales its part by `world_size / total_weight` before DeepSpeed averages over
 the ranks, so ranks with fewer rows, or with none in a micro-step, change nothing.
 
-Nothing is compiled at run time: no optimizer is one of DeepSpeed's, and on CPU the shared-memory
+Nothing of DeepSpeed's is compiled at run time: no optimizer is one of its own, and on CPU the shared-memory
 collective that DeepSpeed would build in the background (70 s) is declared unavailable.
 
 The module is long (over 400 lines) because a step, its sums and the build of what makes it are one subject.
@@ -129,6 +129,14 @@ class Engine:
         """Called before and after each operation that may wait for other ranks."""
         is_partitioned = engine.zero_optimization_stage() == 3
         self.own_time = LocalTime(self._module, device=self.device, gathers_weights=is_partitioned)
+
+    @property
+    def model(self) -> nn.Module:
+        return self._module.model
+
+    @property
+    def has_dropout(self) -> bool:
+        return self._dropout is not None
 
     def step(
         self,

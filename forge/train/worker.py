@@ -2,7 +2,7 @@
 
 The process that starts it (an agent, or Ray Train) passes a `WorkerContext` and a `Reporter`; this module does not
 depend on Ray. The state comes from the memory of other machines, if they have a replica, or from the newest
-checkpoint.
+checkpoint. The module is long because it shows all parts of a worker's start in their order.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -37,6 +37,7 @@ from forge.plan.checkpoint_interval import CheckpointRisk, planned_every, planne
 from forge.plan.curve import run_digest
 from forge.plan.inputs import InitInfo
 from forge.plan.plan import Plan
+from forge.plan.speed import compile_choice
 from forge.train.async_checkpoint import AsyncCheckpointer
 from forge.train.checkpoint_interval import CheckpointInterval
 from forge.train.cuda import create_context, device_name
@@ -49,6 +50,9 @@ from forge.train.snapshot_interval import SnapshotInterval
 from forge.train.snapshotter import ReplicaClient, Snapshotter
 from forge.train.task_scores import build_scorer
 from forge.user_code import use_code
+
+if TYPE_CHECKING:
+    from forge.train.layer_compiler import LayerCompiler
 
 T = TypeVar("T")
 
@@ -123,12 +127,9 @@ def run_worker(
     clock.lap("rendezvous")
     state_source = elastic.state_source if elastic else None
     engine = _build(plan, context, device=device, skip_init=state_source is not None)
+    compiler = _compile_layers(engine, plan, context, reporter=reporter, on_progress=clock.on_lap)
     clock.lap("build")
-    start = (
-        _load_from_memory(engine, state_source)
-        if state_source
-        else _load_newest(engine, context.checkpoints, plan, reporter)
-    )
+    start = _load(engine, plan, context, state_source=state_source, reporter=reporter)
     clock.lap("load")
     peak = find_peak(device, dtype=DTYPES[plan.job.training.precision])
     clock.lap("measure")
@@ -145,6 +146,8 @@ def run_worker(
                 seconds=clock.laps,
             )
         )
+        if compiler is not None:
+            compiler.report()
 
     snapshots = _snapshot_policy(engine, plan, elastic) if elastic is not None else None
     checkpointer = _checkpointer(engine, plan, context, elastic=elastic, snapshots=snapshots)
@@ -244,6 +247,29 @@ def _build(plan: Plan, context: WorkerContext, *, device: torch.device, skip_ini
     )
 
 
+def _compile_layers(
+    engine: Engine,
+    plan: Plan,
+    context: WorkerContext,
+    *,
+    reporter: Reporter,
+    on_progress: Callable[[], None],
+) -> LayerCompiler | None:
+    """Have the layers compiled in the first step, if the plan says so."""
+    if not compile_choice(plan.job, model=plan.model, device=plan.hardware.device).is_on:
+        return None
+    from forge.train.layer_compiler import (
+        LayerCompiler,
+        prepare_compiler,
+    )  # torch._inductor takes seconds to import
+
+    prepare_compiler(num_ranks=context.local_world_size)
+    compiler = LayerCompiler(engine.model, reporter=reporter, on_progress=on_progress)
+    if engine.has_dropout:  # of a class of the user
+        compiler.give_up("the masks of dropout are drawn for each sample in Python")
+    return compiler
+
+
 def _objective_context(plan: Plan, *, device: torch.device) -> ObjectiveContext:
     job, training, data = plan.job, plan.job.training, DataShape.of(plan)
     build: dict[str, Any] = {"dtype": DTYPES[training.precision], "device": device}
@@ -280,6 +306,15 @@ def _verify_init(init: InitInfo, *, checkpoints: str) -> None:
     problem = next((problem for problem in problems if problem), None)
     if problem is not None:
         raise CheckpointError(f"{init.source}: {problem}")
+
+
+def _load(
+    engine: Engine, plan: Plan, context: WorkerContext, *, state_source: StateSource | None, reporter: Reporter
+) -> Progress:
+    """Load the state from memory if it is there, else the newest checkpoint; collective."""
+    if state_source is not None:
+        return _load_from_memory(engine, state_source)
+    return _load_newest(engine, context.checkpoints, plan, reporter)
 
 
 def _load_from_memory(engine: Engine, source: StateSource) -> Progress:

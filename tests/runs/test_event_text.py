@@ -8,12 +8,14 @@ import pytest
 
 from forge.events import (
     CheckpointIntervalChanged,
+    CompileFailed,
     DeadlineForecast,
     Event,
     ForkServerFailed,
     GenerationStarted,
     GenerationStarting,
     KilledForMemory,
+    LayersCompiled,
     MachinesChosen,
     MembershipChangeStarted,
     MixedDevices,
@@ -178,6 +180,14 @@ def test_describe__idle_node_left__has_its_own_line() -> None:
         (
             GenerationStarting(generation=1, world_size=3, from_step=0, source="storage"),
             "starting generation 1 with 3 workers",
+        ),
+        (
+            LayersCompiled(num_layers=12, num_graphs=2, num_from_cache=1, seconds=8.0),
+            "12 layers compiled in 8s, 1 of 2 graphs from the cache",
+        ),
+        (
+            CompileFailed(reason="no C++ compiler", seconds=1.0),
+            "layers run uncompiled (training.compile): no C++ compiler",
         ),
         (
             SnapshotIntervalChanged(every=4, seconds=0.012, share=0.009),

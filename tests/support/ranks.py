@@ -57,17 +57,21 @@ class RecordingReporter:
         return False
 
 
-def run_ranks(plan: Plan, folder: Path, *, world_size: int, stop_after: int | None = None) -> Recording:
+def run_ranks(
+    plan: Plan, folder: Path, *, world_size: int, stop_after: int | None = None, timeout_s: float = _TIMEOUT_S
+) -> Recording:
     """Run `forge.train.worker.run_worker` on `world_size` processes; checkpoints go under `folder`."""
     arguments = (plan_to_json(plan), str(folder), world_size, stop_after)
-    recordings: list[Recording] = on_ranks(train_one_rank, *arguments, world_size=world_size)
+    recordings: list[Recording] = on_ranks(train_one_rank, *arguments, world_size=world_size, timeout_s=timeout_s)
     first = recordings[0]
     for step in first.sample_ids:
         first.sample_ids[step] = [sample for recording in recordings for sample in recording.sample_ids[step]]
     return first
 
 
-def on_ranks(function: Callable[..., Any], *arguments: Any, world_size: int) -> list[Any]:
+def on_ranks(
+    function: Callable[..., Any], *arguments: Any, world_size: int, timeout_s: float = _TIMEOUT_S
+) -> list[Any]:
     """Call `function(rank, *arguments)` in one process per rank of a new process group.
 
     Returns: the results by rank.
@@ -85,7 +89,7 @@ def on_ranks(function: Callable[..., Any], *arguments: Any, world_size: int) -> 
         process.start()
     found: dict[int, Any] = {}
     try:
-        deadline = time.monotonic() + _TIMEOUT_S
+        deadline = time.monotonic() + timeout_s
         while len(found) < world_size:
             rank, answer, error = answers.get(timeout=max(0.1, deadline - time.monotonic()))
             if error is not None:

@@ -81,8 +81,10 @@ class TransformersFamily:
             is_positionwise = has_positionwise_head(config, seq_len=data.seq_len, auto_class=data.auto_class)
             info = replace(info, has_positionwise_head=is_positionwise)
         problem = _look_ahead_problem(config, seq_len=data.seq_len) if is_causal and probe.looks_ahead else None
-        attention = "eager" if has_dropout(config) else build_config(spec, data)._attn_implementation
-        return replace(info, notes=notes, look_ahead_problem=problem, layer_bytes_per_row=kept, attention=attention)
+        drops = has_dropout(config)
+        attention = "eager" if drops else build_config(spec, data)._attn_implementation
+        info = replace(info, layer_bytes_per_row=kept, attention=attention, has_dropout=drops)
+        return replace(info, notes=notes, look_ahead_problem=problem)
 
     def build(self, spec: ModelSpec, data: DataShape, *, options: BuildOptions) -> nn.Module:
         config = build_config(spec, data)

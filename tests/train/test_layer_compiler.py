@@ -1,0 +1,114 @@
+"""Compiled layers: the same losses and gradients, a failure that is reported, a cache that the next run finds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from forge.events import CompileFailed, LayersCompiled
+from forge.plan.inputs import CorpusInfo
+from forge.train.layer_compiler import LayerCompiler, repeated_layers
+from tests.support.jobs import tiny_plan
+from tests.support.ranks import RecordingReporter, run_ranks
+
+COMPILE_S = 500.0
+pytestmark = pytest.mark.slow  # the compiler alone takes seconds to import
+
+
+class Squares(nn.Module):
+    def __init__(self, *, reads_values: bool) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Square(reads_values=reads_values) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x.sum()
+
+
+class Square(nn.Module):
+    def __init__(self, *, reads_values: bool) -> None:
+        super().__init__()
+        self.weight, self.reads_values = nn.Parameter(torch.ones(4)), reads_values
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.reads_values and x.sum().item() < 0:
+            return x
+        return torch.tanh(x * self.weight) ** 2
+
+
+def step(model: nn.Module) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    model.zero_grad()
+    loss = model(torch.linspace(-1, 1, 4))
+    loss.backward()
+    return loss.detach(), [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+
+
+def test_compile__layers_of_a_model__same_gradients_from_one_graph() -> None:
+    model, reporter = Squares(reads_values=False), RecordingReporter(None)
+    loss, gradients = step(model)
+    compiler = LayerCompiler(model, reporter=reporter, backend="aot_eager")
+    found = step(model)
+    compiler.report()
+    assert torch.equal(found[0], loss)
+    assert all(map(torch.equal, found[1], gradients))
+    (event,) = reporter.recording.events
+    assert isinstance(event, LayersCompiled)
+    assert event.num_layers == 3
+    assert event.seconds > 0
+
+
+def test_compile__layer_that_reads_values__runs_uncompiled_and_says_so_once() -> None:
+    model, reporter = Squares(reads_values=True), RecordingReporter(None)
+    loss, gradients = step(model)
+    compiler = LayerCompiler(model, reporter=reporter, backend="aot_eager")
+    for _ in range(2):
+        found = step(model)
+        assert torch.equal(found[0], loss)
+        assert all(map(torch.equal, found[1], gradients))
+    compiler.report()
+    (event,) = reporter.recording.events
+    assert isinstance(event, CompileFailed)
+    assert "data-dependent" in event.reason
+
+
+def test_compile__no_repeated_layers__says_so() -> None:
+    reporter = RecordingReporter(None)
+    LayerCompiler(nn.Linear(2, 2), reporter=reporter)
+    assert [event.reason for event in reporter.recording.events] == ["the model has no repeated layers"]
+
+
+@pytest.mark.parametrize(
+    "sizes", [{"model_type": "llama", "num_hidden_layers": 3}, {"model_type": "gpt2", "n_layer": 3, "n_embd": 48}]
+)
+def test_repeated_layers__model_of_transformers__its_decoder_layers(sizes: dict[str, Any]) -> None:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**sizes))
+    assert len(repeated_layers(model)) == 3
+
+
+@pytest.mark.timeout(2000)  # g++ compiles for minutes on a busy machine
+def test_train__compiled__losses_equal_resume_exact_and_cache_found(
+    corpus: CorpusInfo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "compiled"))
+    plain = tiny_plan(corpus, training__precision="fp32")
+    plan = tiny_plan(corpus, training__precision="fp32", training__compile="on")
+    expected = run_ranks(plain, tmp_path / "plain", world_size=1)
+    whole = run_ranks(plan, tmp_path / "whole", world_size=1, timeout_s=COMPILE_S)
+    first = run_ranks(plan, tmp_path / "parts", world_size=1, stop_after=3, timeout_s=COMPILE_S)
+    second = run_ranks(plan, tmp_path / "parts", world_size=1, timeout_s=COMPILE_S)
+    resized = run_ranks(plan, tmp_path / "two", world_size=2, timeout_s=COMPILE_S)
+    assert whole.losses == pytest.approx(expected.losses, rel=1e-5)
+    assert whole.losses != expected.losses  # otherwise nothing was compiled
+    assert first.losses + second.losses == whole.losses
+    assert resized.losses == pytest.approx(expected.losses, rel=1e-5)
+    compiled = [[e for e in run.events if isinstance(e, LayersCompiled)] for run in (whole, first, resized)]
+    assert [event.num_layers for (event,) in compiled] == [2, 2, 2]
+    assert [event.num_from_cache for (event,) in compiled[1:]] == [event.num_graphs for (event,) in compiled[1:]]
+    assert not [e for run in (whole, first, second, resized) for e in run.events if isinstance(e, CompileFailed)]
