@@ -75,7 +75,10 @@ class TrainingTasks:
     def _read(self) -> list[TaskExamples]:
         if self._plan.task_examples is None:
             raise DataError("the plan has tasks but not their examples: it was not made by forge train or tune")
-        return list(stored_examples(self._plan.task_examples))
+        found = stored_examples(self._plan.task_examples)
+        if missing := self._plan.tasks.keys() - found:
+            raise DataError(f"the stored examples of evaluate.tasks lack those of {', '.join(sorted(missing))}")
+        return [found[path] for path in self._plan.tasks]
 
     def _loaded(self, weights: Iterator[tuple[str, Tensor]], *, step: int) -> LoadedModel:
         """Build the model and copy the weights into it; collective."""

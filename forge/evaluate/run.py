@@ -11,7 +11,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
-from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -82,9 +81,10 @@ def evaluate(request: EvaluationRequest, process: ShardProcess) -> dict[str, Any
     model = _identify(request, there)
     for task in tasks:
         _require_kind(task, model)
-    stored = stored_examples(request.examples, run_folder=source) if request.examples is not None else repeat(None)
+    stored = stored_examples(request.examples, run_folder=source) if request.examples is not None else {}
     found = [
-        _read(task, source, limit=request.limit, stored=data) for task, data in zip(tasks, stored, strict=False)
+        _read(task, source, limit=request.limit, stored=stored.get(path))
+        for task, (path, _) in zip(tasks, request.tasks, strict=True)
     ]
     for shards in found:
         process.message(f"task {shards.task.spec.name}: {count_read(shards.data)}")

@@ -2,21 +2,21 @@
 
 Workers and the scoring at the end take them from there, so a task may read files that only the client has, every
 evaluation of a run asks the same, and the machines do not wait while a corpus is searched for its held-out records.
-The file has one line of JSON for each task, in the order of the plan.
+The file has one line of JSON for each task: the path of its file, and its examples.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from forge.config.load import load_task_text
 from forge.data.held_out import held_out_of_run
 from forge.errors import ArgumentError, DataError
 from forge.evaluate.task import TaskExamples, build_task
-from forge.foreign import from_record
+from forge.foreign import from_record, typed
 from forge.plan.plan import Plan
 from forge.runs.task_examples import cache_examples, examples_content
 from forge.units import counted, format_bytes
@@ -43,7 +43,7 @@ def with_task_examples(plan: Plan, *, before: Plan | None = None, run_folder: Pa
     lines, size, skipped = [], 0, []
     for path, text in plan.tasks.items():
         found = task_examples(plan, path=path, text=text)
-        lines.append(json.dumps(asdict(found), separators=(",", ":")).encode() + b"\n")
+        lines.append(json.dumps([path, asdict(found)], separators=(",", ":")).encode() + b"\n")
         size += len(lines[-1])
         if found.num_skipped:
             first = f": {found.skipped[0]}" if found.skipped else ""
@@ -72,16 +72,19 @@ def task_examples(plan: Plan, *, path: str, text: str) -> TaskExamples:
         raise DataError(f"{path}: {error}") from error
 
 
-def stored_examples(digest: str, *, run_folder: Path | None = None) -> Iterator[TaskExamples]:
-    """Yield the examples of each task, in the order of the plan.
+def stored_examples(digest: str, *, run_folder: Path | None = None) -> dict[str, TaskExamples]:
+    """Return the examples of each task, by the path of its file.
 
     Raises: DataError if the file is missing, changed, or none of forge's.
     """
+    found = {}
     for line in examples_content(digest, run_folder=run_folder).splitlines():
         try:
-            yield from_record(TaskExamples, json.loads(line))
+            path, record = typed(tuple[str, Any], json.loads(line), where="task")
+            found[path] = from_record(TaskExamples, record)
         except (ValueError, RecursionError) as error:
             raise DataError(f"the stored examples of evaluate.tasks are not forge's: {error}") from error
+    return found
 
 
 def _kept(plan: Plan, before: Plan | None, *, run_folder: Path | None) -> bytes | None:

@@ -44,15 +44,15 @@ def with_tasks(plan: Plan, tasks: dict[str, str], **changes: Any) -> Plan:
 def test_with_task_examples__any_plan__keeps_what_the_tasks_read(plan: Plan, tmp_path: Path) -> None:
     found = with_task_examples(plan)
     assert found.task_examples is not None
-    expected = [task_examples(plan, path=path, text=text) for path, text in plan.tasks.items()]
-    assert list(stored_examples(found.task_examples)) == expected
-    assert [len(one.examples) for one in expected] == [8, 7]
+    expected = {path: task_examples(plan, path=path, text=text) for path, text in plan.tasks.items()}
+    assert stored_examples(found.task_examples) == expected
+    assert {path: len(one.examples) for path, one in expected.items()} == {"write.yaml": 8, "label.yaml": 7}
     [warning] = found.warnings
     assert warning.startswith("label.yaml: 1 record left out of the task: ") and "data.jsonl:4" in warning
     assert plan_from_json(plan_to_json(found)).task_examples == found.task_examples
     limited = with_task_examples(with_tasks(plan, dict(plan.tasks), limit=2))
     assert limited.task_examples is not None
-    assert [len(one.examples) for one in stored_examples(limited.task_examples)] == [2, 2]
+    assert [len(one.examples) for one in stored_examples(limited.task_examples).values()] == [2, 2]
     assert with_task_examples(replace(found, tasks={})).task_examples is None
 
 
@@ -78,15 +78,15 @@ def test_stored_examples__changed_or_foreign_file__is_refused(plan: Plan, tmp_pa
     [file] = (tmp_path / "cache" / "tasks").iterdir()
     file.write_bytes(file.read_bytes().replace(b"word", b"bird"))
     with pytest.raises(DataError, match="missing or were changed"):
-        list(stored_examples(digest))
+        stored_examples(digest)
     (tmp_path / TASK_EXAMPLES).write_bytes(b"x")
     with pytest.raises(DataError, match="missing or were changed"):
-        list(stored_examples(digest, run_folder=tmp_path))
+        stored_examples(digest, run_folder=tmp_path)
     for content in (b"[1]\n", b'{"examples": 3}\n', b"\xff\n", b"[" * 10**5):
         with pytest.raises(DataError, match="are not forge's"):
-            list(stored_examples(cache_examples(content)))
+            stored_examples(cache_examples(content))
     with pytest.raises(DataError, match="no digest"):
-        list(stored_examples("../../etc/passwd"))
+        stored_examples("../../etc/passwd")
 
 
 def test_with_task_examples__too_many__says_which_task_and_what_to_set(
