@@ -191,6 +191,28 @@ class MachinesChosen:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RegionMoveAdvised:
+    """Spot machines stay away from a run with a deadline, and the cluster file allows other regions."""
+
+    here: str
+    to: str
+    """Region, or zone on GCP."""
+    num_spot: int
+    """Spot machines that the run has."""
+    num_wanted: int
+    missing_s: float
+    """For how long spot machines have been missing."""
+    slack_s: float
+    """As of `MachinesChosen`."""
+    pause_s: float
+    """How long nothing trains in a move, until machines are requested there."""
+    usd_per_hour: float
+    """Of a spot machine there, on the day on which the cluster started."""
+    move_usd: float | None
+    """Traffic of the checkpoint from which the run resumes; None: unknown."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CostUpdated:
     """What the run has cost so far, if its machines state their price."""
 
@@ -651,6 +673,7 @@ Event = (
     | CostUpdated
     | DeadlineForecast
     | MachinesChosen
+    | RegionMoveAdvised
     | MembershipChangeStarted
     | KilledForMemory
     | ForkServerFailed

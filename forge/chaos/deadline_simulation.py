@@ -30,9 +30,12 @@ class DeadlineJob:
     on_demand_usd_per_hour: float
     """Of one machine."""
     interval_s: float = 60.0
+    move_s: float = 0.0
+    """Pause of a move to another region, in which the run has no machines."""
 
     def __post_init__(self) -> None:
-        if not (0 < self.work_s < math.inf and 0 <= self.start_s < math.inf and 0 < self.interval_s < math.inf):
+        is_positive = 0 < self.work_s < math.inf and 0 < self.interval_s < math.inf
+        if not (is_positive and 0 <= self.start_s < math.inf and 0 <= self.move_s < math.inf):
             raise ArgumentError(f"work and intervals must be above 0, starts 0 or more; got {self}")
         least_s = self.work_s + 2 * self.start_s + 2 * self.interval_s
         if not least_s <= self.deadline_s < math.inf:
@@ -49,6 +52,8 @@ class RegionAvailability:
     counts: Sequence[int]
     """Available machines in each interval; of the last one also afterwards."""
     usd_per_hour: float
+    move_usd: float = 0.0
+    """What a move of the run to this region costs beside machines."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +67,8 @@ class DeadlineResult:
     spot_node_hours: float
     on_demand_node_hours: float
     num_losses: int
+    num_moves: int
+    """Between regions."""
 
 
 def availability_of(trace: Trace, *, interval_s: float) -> list[int]:
@@ -160,11 +167,16 @@ class _DeadlineRun:
     spot_node_s: float = 0.0
     on_demand_node_s: float = 0.0
     num_losses: int = 0
+    num_moves: int = 0
+    moves_until_s: float = 0.0
     finished_at_s: float = 0.0
 
     def pass_interval(self) -> None:
         """Lose machines, decide, and work until the next decision or the end."""
         job, now_s = self.job, self.interval * self.job.interval_s
+        if now_s < self.moves_until_s:
+            self.interval += 1
+            return
         available = _count(self.regions[self.region], self.interval)
         if available < len(self.spot.works_at_s):
             self.num_losses += self.spot.set_count(available, now_s=now_s, start_s=job.start_s)
@@ -186,6 +198,7 @@ class _DeadlineRun:
             spot_node_hours=self.spot_node_s / 3600,
             on_demand_node_hours=self.on_demand_node_s / 3600,
             num_losses=self.num_losses,
+            num_moves=self.num_moves,
         )
 
     def _situation(self, now_s: float) -> Situation:
@@ -198,9 +211,14 @@ class _DeadlineRun:
             num_nodes=job.num_nodes,
             start_s=job.start_s,
             interval_s=job.interval_s,
+            move_s=job.move_s,
             on_demand_usd_per_hour=job.on_demand_usd_per_hour,
             regions=[
-                RegionOffer(num_available=_count(region, self.interval), usd_per_hour=region.usd_per_hour)
+                RegionOffer(
+                    num_available=_count(region, self.interval),
+                    usd_per_hour=region.usd_per_hour,
+                    move_usd=region.move_usd,
+                )
                 for region in self.regions
             ],
             region=self.region,
@@ -216,7 +234,12 @@ class _DeadlineRun:
         start_s = self.job.start_s
         if wanted.region != self.region:
             self.spot.set_count(0, now_s=now_s, start_s=start_s)
-            self.region = wanted.region
+            self.region, self.num_moves = wanted.region, self.num_moves + 1
+            self.usd += self.regions[self.region].move_usd
+            if self.job.move_s:  # the whole cluster ends, and the next decision is made in the new region
+                self.on_demand.set_count(0, now_s=now_s, start_s=start_s)
+                self.moves_until_s = now_s + self.job.move_s
+                return
         available = _count(self.regions[self.region], self.interval)
         self.spot.set_count(min(wanted.num_spot, available), now_s=now_s, start_s=start_s)
         self.on_demand.set_count(wanted.num_on_demand, now_s=now_s, start_s=start_s)

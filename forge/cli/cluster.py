@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from forge.cli.cluster_move import move
 from forge.cli.launch import confirm
 from forge.cli.options import Output, OutputOption, YesOption
 
@@ -132,6 +133,9 @@ def down(name: _NameArgument = None) -> None:
             f"could not remove all of '{cluster.name}':\n{listed}\nTry again: forge cluster down {cluster.name}"
         )
     display.message(f"cluster '{cluster.name}' down; nothing is left of it")
+
+
+app.command()(move)
 
 
 @app.command()

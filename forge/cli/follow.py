@@ -14,6 +14,7 @@ import typer
 from forge.cli.options import Output
 
 if TYPE_CHECKING:
+    from forge.cli.mover import Mover
     from forge.cli.run_screen import TrainScreen
     from forge.cli.trials_screen import TuneScreen
     from forge.plan.plan import Plan
@@ -63,8 +64,23 @@ def screen_of(plan: Plan, *, past: Past) -> TrainScreen | TuneScreen:
 def follow_run(run: RunHandle, plan: Plan, *, past: Past) -> bool:
     """Show a run until it ends. Ctrl-C once asks it to stop, twice stops it now; SIGTERM ends the command alone.
 
+    A run that moves to another region is followed there.
+
     Returns: whether Ctrl-C was pressed.
     """
+    from forge.cli.mover import Mover
+
+    while True:
+        mover = Mover(run, plan)
+        is_interrupted = _follow_here(run, plan, past=past, mover=mover)
+        past = past_of(run.folder)
+        moved = None if is_interrupted else mover.continue_elsewhere()
+        if moved is None:
+            return is_interrupted
+        run = moved
+
+
+def _follow_here(run: RunHandle, plan: Plan, *, past: Past, mover: Mover) -> bool:
     num_interrupts = num_notes = 0
     notes = _STOPPING if plan.search is None else _STOPPING_ALL
 
@@ -82,7 +98,7 @@ def follow_run(run: RunHandle, plan: Plan, *, past: Past) -> bool:
 
     before = signal.signal(signal.SIGINT, on_interrupt)
     try:
-        watch_run(run, plan, folder=run.folder, past=past, on_record=note_interrupts)
+        watch_run(run, plan, folder=run.folder, past=past, on_record=note_interrupts, mover=mover)
     except SystemExit:  # SIGTERM: see LiveScreen
         from forge.cli import display
 
@@ -104,12 +120,14 @@ def watch_run(
     folder: Path,
     past: Past,
     on_record: Callable[[TrainScreen | TuneScreen], None] = lambda _: None,
+    mover: Mover | None = None,
 ) -> None:
     """Show a run until it ends.
 
     Args:
         folder: of the run, or of a trial of the running search.
         on_record: called before each record is shown, and repeatedly while there is none.
+        mover: gets each event after it is shown.
     """
     from forge.runs.reader import follow
 
@@ -121,6 +139,8 @@ def watch_run(
                 screen.note(line)
             on_record(screen)
             screen.show(record)
+            if mover is not None and record is not None and "event" in record:
+                mover.on_event(record, screen.note)
 
 
 def conclude(folder: Path, *, interrupted: bool, output: Output, past_events: int = 0) -> None:

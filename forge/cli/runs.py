@@ -130,6 +130,7 @@ def watch(run: RunArgument = "latest", runs: RunsOption = _RUNS, output: OutputO
     Example:  forge runs watch latest
     """
     from forge.cli.follow import conclude, past_of, watch_run
+    from forge.cli.mover import Mover
     from forge.remote.mirror import find_run_handle
     from forge.runs.reader import find_run, read_run, search_folder
 
@@ -137,9 +138,12 @@ def watch(run: RunArgument = "latest", runs: RunsOption = _RUNS, output: OutputO
     past, found, search = past_of(folder), read_run(folder), search_folder(folder)
     running = find_run_handle(search or folder)
     if running is not None and found.status == "running":
-        watch_run(running, found.plan, folder=folder, past=past)
-        if search is None:
-            running.wait()
+        while running is not None:
+            mover = Mover(running, found.plan)
+            watch_run(running, found.plan, folder=folder, past=past, mover=mover)
+            if search is None:
+                running.wait()
+            past, running = past_of(folder), mover.continue_elsewhere()
     conclude(folder, interrupted=False, output=output)
 
 

@@ -39,6 +39,12 @@ class ResourcesSpec(Section):
     cluster that rents spot and on-demand machines the run asks for as few on-demand ones as meet it; elsewhere it
     warns. A run that misses it goes on (docs/cost.md)."""
 
+    move_regions: bool = False
+    """With `deadline`, on a rented cluster whose file allows several `regions`: move the run to another region when
+    spot machines stay away, while `forge train` or `forge runs watch` follows it. It stops with a checkpoint, and
+    the whole cluster moves; other runs on it prevent that. `false`, because nothing trains meanwhile (about a
+    quarter of an hour): the run only says when a move would pay, for `forge cluster move` (docs/cost.md)."""
+
     max_usd_per_hour: float | None = Field(None, gt=0)
     """Limit in USD per hour for all machines of the run together; above it the run stops, with a checkpoint."""
 
@@ -53,6 +59,8 @@ class ResourcesSpec(Section):
         for key in ("max_usd", "max_usd_per_hour", "deadline"):
             if getattr(self, key) is not None and self.engine != "elastic":
                 raise FieldError(key, "requires engine: elastic, whose supervisor enforces it")
+        if self.move_regions and self.deadline is None:
+            raise FieldError("move_regions", "requires resources.deadline, for which a run moves")
         if self.replace_stragglers and self.engine != "elastic":
             raise FieldError("replace_stragglers", "requires engine: elastic, whose supervisor replaces nodes")
         return self

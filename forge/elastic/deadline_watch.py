@@ -8,6 +8,8 @@ spot and on-demand machines, the policy of `forge.plan.deadline` chooses how man
     spot again        slots beyond the job's most are requested while on-demand machines fill in, so that spot
                       machines are looked for; when one works, an on-demand machine is returned as on a notice
 
+Where the cluster may be in another region, `RegionWatch` advises to move when spot machines stay away.
+
 Work is measured in worker-seconds of a step, so it is assumed to be done in proportion to the number of workers.
 """
 
@@ -23,6 +25,7 @@ from typing import Literal, Protocol
 
 from forge.elastic.agent_connections import AgentConnection
 from forge.elastic.placement import Placement
+from forge.elastic.region_watch import RegionWatch
 from forge.elastic.states import MembershipState
 from forge.events import DeadlineForecast, Event, MachinesChosen
 from forge.plan.deadline import MachineChoice, RegionOffer, Situation, decide
@@ -75,15 +78,17 @@ class DeadlineWatch:
         placement: Placement,
         record_event: Callable[[Event], None],
         machines: MachineLimits | None = None,
+        regions: RegionWatch | None = None,
         was_met: bool | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         """Args:
         machines: None where the cluster cannot rent spot and on-demand machines.
+        regions: None where the cluster cannot move.
         was_met: whether the run's last recorded forecast met the deadline; None if there is none.
         """
         self._terms, self._placement, self._record_event = terms, placement, record_event
-        self._machines, self._clock = machines, clock
+        self._machines, self.regions, self._clock = machines, regions, clock
         self._checked_at = -math.inf
         self._verdict = was_met
         self._choice: MachineChoice | None = None
@@ -127,9 +132,17 @@ class DeadlineWatch:
         self._checked_at = now
         worker_s *= self._terms.overhead
         self._judge(now, worker_s=worker_s, num_workers=len(state.assignment), step=step)
+        if self._machines is None and self.regions is None:
+            return
+        nodes = self._nodes(state, connections, passed_s=passed_s)
+        situation = self._situation(now, nodes=nodes, worker_s=worker_s, step=step)
         if self._machines is not None:
-            nodes = self._nodes(state, connections, passed_s=passed_s)
-            self._choose(self._situation(now, nodes=nodes, worker_s=worker_s, step=step), nodes=nodes)
+            self._choose(situation, nodes=nodes)
+        else:
+            self._num_found(situation, num_sought=situation.num_nodes)
+        if self.regions is not None:
+            since_s = situation.now_s - self._sought_since
+            self.regions.check(situation, now=now, missing_s=max(0.0, since_s))
 
     def _judge(self, now: float, *, worker_s: float, num_workers: int, step: int) -> None:
         """Record the forecast when it is first known and when its verdict changes.
@@ -217,8 +230,11 @@ class DeadlineWatch:
 
     def _situation(self, now: float, *, nodes: Mapping[str, _Node], worker_s: float, step: int) -> Situation:
         terms, known = self._terms, [node for node in nodes.values() if node.usd_per_hour is not None]
-        full = max(((node.usd_per_hour or 0.0) + node.saving_usd_per_hour for node in known), default=0.0) or 1.0
-        spot = min((node.usd_per_hour or 0.0 for node in known if node.is_spot), default=_SPOT_SHARE * full)
+        listed = None if self.regions is None else self.regions.terms
+        full = max(((node.usd_per_hour or 0.0) + node.saving_usd_per_hour for node in known), default=0.0)
+        full = full or (listed and listed.on_demand_usd_per_hour) or 1.0
+        usual = (listed and listed.usd_per_hour) or _SPOT_SHARE * full
+        spot = min((node.usd_per_hour or 0.0 for node in known if node.is_spot), default=usual)
         num_nodes = math.ceil(terms.max_workers / _slots(nodes))
         return Situation(
             now_s=now - terms.started_at,

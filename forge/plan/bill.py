@@ -16,6 +16,7 @@ from forge.plan.candidates import Candidate, LeftOut, describe, find_candidates
 from forge.plan.forecast import FormerRun
 from forge.plan.interruptions import ASSUMED_BASIS, Interruptions
 from forge.plan.machines import ASSUMED_INTER_NODE_GBPS, MAX_MACHINES
+from forge.plan.move_costs import moving_note
 from forge.plan.plan import DraftPlan
 from forge.plan.recovery import BOOT_S
 from forge.pricing.choose import OfferFilter, cluster_offers, matching_offers
@@ -110,13 +111,14 @@ def make_bill(
         kinds=(False, True) if scope.is_spot is None else (scope.is_spot,),
         storage=table.storage,
     )
-    resources = plan.job.resources
+    resources, spec = plan.job.resources, scope.cluster
+    moving = None if spec is None else moving_note(plan, spec, regions=(one.offer.region for one in candidates))
     return Bill(
         candidates=candidates,
         left_out=left_out,
         max_hours=_max_hours(resources),
         max_usd=resources.max_usd,
-        notes=(*table.notes, *_assumptions(candidates, trace=trace)),
+        notes=(*table.notes, *_assumptions(candidates, trace=trace), *([moving] if moving else [])),
     )
 
 

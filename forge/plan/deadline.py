@@ -48,6 +48,8 @@ class RegionOffer:
     """Those that are rented included."""
     usd_per_hour: float
     """Of one machine."""
+    move_usd: float = 0.0
+    """What moving the run there costs beside machines, such as the traffic of its state."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +67,8 @@ class Situation:
     """From the request of a machine until it works."""
     interval_s: float
     """Until the next decision."""
+    move_s: float = 0.0
+    """Pause of a move to another region, in which no machine is rented, before machines start there."""
     on_demand_usd_per_hour: float
     """Of one machine."""
     regions: Sequence[RegionOffer]
@@ -201,25 +205,43 @@ def _is_spot_worth_it(now: Situation, *, price: float, is_filling: bool) -> bool
 
 def _best_region(now: Situation) -> int:
     """Choose the region. A move restarts all machines, so another region needs twice as many machines for the run,
-    or as many at a price that pays for their start in the time that they can be expected to last."""
+    or as many at a price that pays for their start in the time that they can be expected to last. It also has to
+    pay for the traffic and the pause of a move, and the slack has to last for the pause."""
 
     def count(i: int) -> int:
         return min(now.num_nodes, now.regions[i].num_available)
 
     best = max(range(len(now.regions)), key=lambda i: (count(i), -now.regions[i].usd_per_hour))
     here, there = count(now.region), count(best)
-    if there >= max(1, 2 * here) or (there >= here > 0 and _pays_for_move(now, to=best)):
+    if now.move_s and now.slack_s - now.move_s <= 4 * now.start_s + now.interval_s:
+        return now.region
+    if there >= max(1, 2 * here) and _pays_for_machines(now, to=best, num_more=there - here):
+        return best
+    if there >= here > 0 and _pays_for_move(now, to=best):
         return best
     return now.region
+
+
+def _pays_for_machines(now: Situation, *, to: int, num_more: int) -> bool:
+    """Whether more spot machines save more than a move costs: its traffic, and the work of its pause on demand."""
+    saved = now.on_demand_usd_per_hour - now.regions[to].usd_per_hour
+    paid_usd = now.regions[to].move_usd + saved * now.num_nodes * now.move_s / 3600
+    return paid_usd == 0 or saved * num_more * _lasts_s(now) / 3600 > paid_usd
 
 
 def _pays_for_move(now: Situation, *, to: int) -> bool:
     """Whether a lower price saves more than the start costs: the machines, and the slack if it is scarce."""
     price = now.regions[to].usd_per_hour
-    lasts_s = min(1 / _losses_per_s(now), now.work_s - now.done_s)
     is_scarce = now.slack_s <= _reserve_s(now) + 2 * now.start_s
     paid = price + now.on_demand_usd_per_hour if is_scarce else price
-    return (now.regions[now.region].usd_per_hour - price) * lasts_s > paid * now.start_s
+    pause = (now.on_demand_usd_per_hour - price) * now.move_s
+    saved = (now.regions[now.region].usd_per_hour - price) * _lasts_s(now)
+    return saved > paid * now.start_s + pause + 3600 * now.regions[to].move_usd / now.num_nodes
+
+
+def _lasts_s(now: Situation) -> float:
+    """For how long a spot machine can be expected to work."""
+    return min(1 / _losses_per_s(now), now.work_s - now.done_s)
 
 
 def _reserve_s(now: Situation) -> float:

@@ -206,6 +206,17 @@ def stop_servers_of(cluster: Cluster, *, on_message: Callable[[str], None]) -> N
             on_message(f"the server '{status.name}' could not be stopped: {error}")
 
 
+def remote_servers_of(cluster: Cluster) -> list[str]:
+    """Return the names of the servers on a remote cluster that run, or cannot be asked."""
+    return [
+        status.name
+        for status in list_servers()
+        if (ref := read_remote_ref(status.folder)) is not None
+        and ref.cluster == cluster.name
+        and _asked(status).is_alive
+    ]
+
+
 def _uses_local(status: ServerStatus) -> bool:
     local = find_local()
     return local is not None and status.record.get("ray_address") == local.address

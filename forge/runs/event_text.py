@@ -76,8 +76,8 @@ class EventDescriber:
                 return _checkpoints_text(event)
             case "DeadlineForecast":
                 return deadline_text(event)
-            case "MachinesChosen":
-                return _machines_text(event)
+            case "MachinesChosen" | "RegionMoveAdvised" as kind:
+                return _machines_text(event) if kind == "MachinesChosen" else _move_text(event)
             case "LengthChanged":
                 rates = f"{event['learning_rate']:.3g} at step {event['from_step']}"
                 if event["learning_rate_before"] is not None:
@@ -184,6 +184,13 @@ def _machines_text(event: Mapping[str, Any]) -> str:
     spare = f"{slack} to spare" if event["slack_s"] >= 0 else f"{slack} late"
     chosen = f"{event['num_spot']} spot, {event['num_on_demand']} on demand"
     return f"machines until the deadline: {chosen} ({spare} with all of them)"
+
+
+def _move_text(event: Mapping[str, Any]) -> str:
+    missing = f"{event['num_spot']} of {event['num_wanted']} spot machines in {event['here']}"
+    traffic = "traffic at an unknown price" if event["move_usd"] is None else f"{event['move_usd']:.2f} USD"
+    cost = f"{format_duration(event['pause_s'])} without machines, {traffic}"
+    return f"{missing} for {format_duration(event['missing_s'])}; {event['to']} may have more: a move costs {cost}"
 
 
 def _checkpoints_text(event: Mapping[str, Any]) -> str:

@@ -9,15 +9,19 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from forge.cluster.cloud.machine_limits import find_limits
+from forge.cluster.cloud.other_regions import read_regions
 from forge.elastic.deadline_watch import DeadlineTerms, DeadlineWatch
 from forge.elastic.placement import Placement
+from forge.elastic.region_watch import OtherRegion, RegionTerms, RegionWatch
 from forge.events import Event
+from forge.plan.move_costs import DEAREST_USD_PER_GIB, MOVE_S, move_costs
 from forge.plan.plan import Plan
 from forge.runs.records import EVENTS, RecordReader, seconds_run
 
@@ -40,6 +44,7 @@ def watch_deadlines(
             placement=placement,
             record_event=record_event,
             machines=find_limits(folder.name, home=Path.home()),
+            regions=_watch_regions(plan, history=history, record_event=record_event),
             was_met=_was_met(last),
         )
     if resources.max_hours is not None:
@@ -90,6 +95,48 @@ def _terms(
         else 1.0,
         limit=limit,
     )
+
+
+def _watch_regions(plan: Plan, *, history: Path, record_event: Callable[[Event], None]) -> RegionWatch | None:
+    """Watch for reasons to move to another region; None where the cluster cannot move."""
+    cloud, regions = os.environ.get("FORGE_CLOUD"), read_regions(os.environ)
+    if cloud is None or regions is None:
+        return None
+    advised = _advised_moves(history)
+    left = {str(one["here"]): float(one["time"]) for one in advised if one["here"] != regions.here}
+    others = []
+    for place in regions.others:
+        costs = move_costs(plan, cloud=cloud, storage_region=regions.storage_region, to=place)
+        others.append(
+            OtherRegion(
+                place=place,
+                usd_per_hour=regions.spot_usd_per_hour[place],
+                move_usd=costs.read_usd,
+                assumed_usd=costs.checkpoint_gib * DEAREST_USD_PER_GIB,
+                left_at=left.get(place),
+            )
+        )
+    terms = RegionTerms(
+        here=regions.here,
+        usd_per_hour=regions.spot_usd_per_hour.get(regions.here),
+        on_demand_usd_per_hour=regions.on_demand_usd_per_hour,
+        others=others,
+        move_s=MOVE_S,
+        advised_at=max((float(one["time"]) for one in advised), default=-math.inf),
+    )
+    return RegionWatch(terms, record_event=record_event)
+
+
+def _advised_moves(history: Path) -> list[dict[str, Any]]:
+    """Return the recorded advices to move, in their order."""
+    found = []
+    with contextlib.suppress(OSError), history.open() as lines:
+        for line in lines:
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                record = json.loads(line)
+                if record["event"] == "RegionMoveAdvised" and isinstance(record["here"], str):
+                    found.append(record | {"time": float(record["time"])})
+    return found
 
 
 def _was_met(forecast: Mapping[str, Any] | None) -> bool | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import statistics
+from dataclasses import replace
 
 import pytest
 
@@ -69,6 +70,47 @@ def test_several_regions__moves_to_where_machines_are() -> None:
     found = simulate_deadline("elastic", JOB, regions=regions)
     assert found.on_demand_node_hours == 0
     assert found.num_losses == 2
+
+
+def test_several_regions__move_with_a_pause_and_a_price__is_paid_and_waited_for() -> None:
+    regions = [region((40, 2), (400, 0)), replace(region((400, 2), usd=5.0), move_usd=1.5)]
+    found = simulate_deadline("elastic", replace(JOB, move_s=600), regions=regions)
+    assert (found.num_moves, found.on_demand_node_hours) == (1, 0)
+    paid_h = (40 * 4 + (2 * 60 + 1 - 40 + 1) * 5) / 60  # a start in each region
+    assert found.usd == pytest.approx(2 * paid_h + 1.5)
+    assert found.finished_at_s == pytest.approx(2 * HOUR + 120 + 600)
+
+
+def test_several_regions__move_dearer_than_on_demand__stays() -> None:
+    regions = [region((40, 2), (400, 0)), replace(region((400, 2), usd=5.0), move_usd=50.0)]
+    found = simulate_deadline("elastic", JOB, regions=regions)
+    assert found.num_moves == 0 and found.on_demand_node_hours > 0 and found.is_met
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_several_regions__random_availability_and_long_pauses__no_deadline_missed(seed: int) -> None:
+    dice = random.Random(seed)
+    job = DeadlineJob(
+        work_s=12 * HOUR,
+        deadline_s=12 * HOUR * dice.uniform(1.1, 2.0),
+        num_nodes=4,
+        start_s=dice.choice([180.0, 600.0]),
+        on_demand_usd_per_hour=10,
+        move_s=900,
+    )
+    regions = [
+        RegionAvailability(
+            counts=random_availability(
+                num_nodes=4, share=0.5, mean_outage_s=7200, num_intervals=1500, interval_s=60, seed=10 * seed + k
+            ),
+            usd_per_hour=3.5 + 0.3 * k,
+            move_usd=0.5,
+        )
+        for k in range(3)
+    ]
+    found = simulate_deadline("elastic", job, regions=regions)
+    assert found.is_met
+    assert found.usd >= least_usd(job, regions=regions)
 
 
 def test_least__one_hour_of_spot__the_rest_on_demand() -> None:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from forge.cluster.cloud.aws_network import head_rights, ingress, storage_rights
 from forge.cluster.cloud.instance_selection import InstancePlan, listed_price, plan_instances
+from forge.cluster.cloud.other_regions import ClusterRegions, read_regions
 from forge.cluster.cloud.provider import CloudCluster
 from forge.cluster.cloud.ray_config import HEAD, ForgeInstall, RegionContext, build_ray_config
 from forge.cluster.cloud.ray_launcher import current_step, find_capacity_error, parse_result
@@ -391,3 +392,20 @@ def _plain(context: RegionContext) -> dict[str, Any]:
     from dataclasses import asdict
 
     return asdict(context)
+
+
+def test_environment__other_regions__reach_the_processes_of_ray_unchanged() -> None:
+    regions = ClusterRegions(
+        here="us-east-1",
+        storage_region=None,
+        on_demand_usd_per_hour=1.006,
+        spot_usd_per_hour={"us-east-1": 0.4, "us-west-2": 0.35},
+    )
+    spec = spec_of()
+    plan, install = plan_instances(spec, price_of=listed_price(spec)), ForgeInstall(python="/opt/forge/bin/python")
+    config = build_ray_config(spec, cluster=OURS, plan=plan, context=CONTEXT, install=install, regions=regions)
+    exports = config["head_start_ray_commands"][2].partition("; case")[0]
+    done = subprocess.run(["sh", "-c", f"{exports}; env"], capture_output=True, text=True, check=True)
+    environment = dict(line.split("=", 1) for line in done.stdout.splitlines() if "=" in line)
+    assert read_regions(environment) == regions
+    validated(config)

@@ -13,15 +13,17 @@ from typer.testing import CliRunner, Result
 
 from forge.cli.app import app
 from forge.cli.cluster_table import region_lines
+from forge.cluster.cloud.other_regions import read_regions, regions_of, to_variable
 from forge.cluster.cloud.region_choice import (
     TRAFFIC_SHARE_PER_HOUR,
     MarketToday,
     choice_record,
     choose_regions,
     earlier_regions,
+    places_to_move,
 )
 from forge.config.cluster import CloudSpec
-from forge.errors import ArgumentError, JobFileError
+from forge.errors import ArgumentError, ClusterError, JobFileError
 from forge.pricing.catalog import machine_types
 from forge.pricing.choose import usd_per_exaflop
 from forge.pricing.offer import Offer, build_offer
@@ -325,3 +327,48 @@ def test_cluster_up__without_yes_or_terminal__shows_lowest_and_highest_price_and
 def test_file__storage_region__wrong_is_refused(keys: dict[str, str], problem: str) -> None:
     with pytest.raises(ValueError, match=problem):
         spec_of(**keys)
+
+
+THREE = [offer("us-east-1", 55.0, 22.0), offer("us-west-2", 55.0, 25.0), offer("eu-west-1", 55.0, 30.0)]
+
+
+def test_move__no_place_named__others_by_price_and_back_as_the_last_resort() -> None:
+    found = places_to_move(spec_of(), state={"region": "us-east-1"}, to=None, offers=THREE)
+    assert [one.place for one in found.options] == ["us-west-2", "eu-west-1", "us-east-1"]
+    chosen = places_to_move(spec_of(), state={"region": "us-west-2"}, to="eu-west-1", offers=THREE)
+    assert [one.place for one in chosen.options] == ["eu-west-1", "us-east-1", "us-west-2"]
+
+
+@pytest.mark.parametrize(
+    ("regions", "state", "to", "problem"),
+    [
+        ("auto", {}, None, "is not up"),
+        ("auto", {"region": "us-east-1"}, "us-east-1", "is in us-east-1 already"),
+        (["us-east-1"], {"region": "us-east-1"}, None, "its file allows us-east-1 alone"),
+        (
+            ["us-east-1", "us-west-2"],
+            {"region": "us-east-1"},
+            "eu-west-1",
+            "allows the regions us-east-1, us",
+        ),
+        ("auto", {"region": "us-east-1"}, "us-wset-2", "is no region of aws"),
+    ],
+)
+def test_move__place_not_possible__says_what_is(
+    regions: Any, state: dict[str, Any], to: str | None, problem: str
+) -> None:
+    with pytest.raises((ArgumentError, ClusterError, JobFileError), match=problem):
+        places_to_move(spec_of(regions=regions), state=state, to=to, offers=THREE)
+
+
+def test_regions_of_the_head__written_and_read__have_the_prices_of_spot_machines() -> None:
+    offers = [*THREE, offer("eu-north-1", 40.0)]
+    spec = spec_of(on_demand_fallback=True, storage="s3://bucket/runs", storage_region="eu-west-1")
+    regions = regions_of(choose_regions(spec, offers=offers), here="us-west-2")
+    found = read_regions({"FORGE_REGIONS": to_variable(regions)})
+    assert found == regions
+    assert (found.storage_region, found.on_demand_usd_per_hour) == ("eu-west-1", 55.0)
+    assert list(found.others) == ["us-east-1", "eu-west-1"], "eu-north-1 sells no spot machines"
+    alone = regions_of(choose_regions(spec, offers=THREE[:1]), here="us-east-1")
+    assert read_regions({"FORGE_REGIONS": to_variable(alone)}) is None
+    assert read_regions({"FORGE_REGIONS": '{"here": 3}'}) is None and read_regions({}) is None

@@ -5,10 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import pytest
+
 from forge.elastic.agent_connections import AgentConnection
 from forge.elastic.deadline_watch import DeadlineTerms, DeadlineWatch
+from forge.elastic.region_watch import OtherRegion, RegionTerms, RegionWatch
 from forge.elastic.states import MemberNode, MembershipState
-from forge.events import DeadlineForecast, Event, MachinesChosen
+from forge.events import DeadlineForecast, Event, MachinesChosen, RegionMoveAdvised
 from tests.support.placement import FixedPlacement
 
 HOUR = 3600.0
@@ -46,7 +49,14 @@ class Limits:
 class Run:
     """A run whose machines have one worker each; names of on-demand ones begin with `o`."""
 
-    def __init__(self, terms: DeadlineTerms = TERMS, *, rents: bool = False, was_met: bool | None = None) -> None:
+    def __init__(
+        self,
+        terms: DeadlineTerms = TERMS,
+        *,
+        rents: bool = False,
+        was_met: bool | None = None,
+        regions: RegionTerms | None = None,
+    ) -> None:
         self.now, self.placement, self.limits = 0.0, Placement(), Limits()
         self.events: list[Event] = []
         self.watch = DeadlineWatch(
@@ -54,6 +64,7 @@ class Run:
             placement=self.placement,
             record_event=self.events.append,
             machines=self.limits if rents else None,
+            regions=None if regions is None else RegionWatch(regions, record_event=self.events.append),
             was_met=was_met,
             clock=lambda: self.now,
         )
@@ -199,3 +210,69 @@ def test_check__limits_cannot_be_written__goes_on() -> None:
     run.limits.write = refuse  # type: ignore[method-assign]
     run.check(0, step=0, nodes="s1")
     assert isinstance(run.events[-1], MachinesChosen)
+
+
+PLACES = RegionTerms(
+    here="east",
+    usd_per_hour=3.0,
+    on_demand_usd_per_hour=10.0,
+    others=[
+        OtherRegion(place="west", usd_per_hour=3.5, move_usd=0.2, assumed_usd=2.0),
+        OtherRegion(place="north", usd_per_hour=3.2, move_usd=None, assumed_usd=2.0),
+    ],
+    move_s=900.0,
+)
+LONG = replace(TERMS, deadline_at=14 * HOUR)
+
+
+def advice(run: Run) -> list[tuple[str, str, int]]:
+    found = [event for event in run.events if isinstance(event, RegionMoveAdvised)]
+    return [(event.here, event.to, event.num_spot) for event in found]
+
+
+@pytest.mark.parametrize("rents", [True, False])
+def test_check__spot_missing_for_as_long_as_a_move_takes__advises_the_cheapest_region(rents: bool) -> None:
+    run = Run(LONG, rents=rents, regions=PLACES)
+    run.check(0, step=0, nodes="")
+    run.check(0.25, step=0, nodes="")  # shorter than pause and start
+    assert advice(run) == []
+    run.check(0.31, step=0, nodes="")
+    assert advice(run) == [("east", "north", 0)]
+    run.check(1.2, step=0, nodes="")
+    assert len(advice(run)) == 1, "at most once an hour"
+    run.check(1.4, step=0, nodes="")
+    assert len(advice(run)) == 2
+
+
+def test_check__half_of_the_spot_machines__stay_unless_another_region_has_twice_as_many() -> None:
+    run = Run(LONG, rents=True, regions=PLACES)
+    for at in (0, 1):
+        run.check(at, step=10, nodes="s1 s2 s3")
+    assert advice(run) == []
+    run.check(2, step=20, nodes="s1")
+    run.check(2.5, step=20, nodes="s1")
+    assert [to for _, to, _ in advice(run)] == ["north"]
+
+
+def test_check__region_was_left_lately__counts_as_empty() -> None:
+    left = [replace(one, left_at=0.0) if one.place == "north" else one for one in PLACES.others]
+    run = Run(LONG, regions=replace(PLACES, others=left))
+    for at in (0, 0.5):
+        run.check(at, step=0, nodes="")
+    assert [to for _, to, _ in advice(run)] == ["west"]
+    run = Run(replace(LONG, deadline_at=40 * HOUR), regions=replace(PLACES, others=left))
+    for at in (2.1, 2.6):
+        run.check(at, step=0, nodes="")
+    assert [to for _, to, _ in advice(run)] == ["north"], "two hours later it is tried again"
+
+
+def test_check__no_slack_for_the_pause_or_dear_traffic__stays() -> None:
+    run = Run(TERMS, rents=True, regions=PLACES)
+    run.check(0, step=0, nodes="")
+    run.check(1.6, step=0, nodes="")  # 8 h of work, 8.4 h left: a pause of 15 min would use up the slack
+    assert advice(run) == []
+    dear = [replace(one, move_usd=1000.0) for one in PLACES.others]
+    run = Run(LONG, rents=True, regions=replace(PLACES, others=dear))
+    for at in (0, 0.5):
+        run.check(at, step=0, nodes="")
+    assert advice(run) == []

@@ -18,13 +18,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from forge.api import start
 from forge.aws_client import client
+from forge.cli.app import app
 from forge.cluster.base import NodeProgress, list_records, read_record, token_path
 from forge.cluster.cloud.provider import CloudCluster
 from forge.cluster.registry import cluster_of, find_cluster
 from forge.cluster.tools import require_tools
 from forge.config.load import load_cluster, load_job
+from forge.remote.cluster_runs import stop_runs
 from forge.runs.create import create_run
 from forge.runs.reader import read_metrics
 from forge.runtime.resolve import resolve
@@ -267,6 +271,38 @@ def test_train__machines_reclaimed_with_and_without_notice__is_one_curve(
     finally:
         assert cluster.down(on_progress=ignore) == []
     assert not box.api.alive(REGION)
+
+
+@pytest.mark.slow
+def test_move__run_in_a_region_without_spot_machines__goes_on_in_another(
+    box: CloudBox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    west, prices = "us-west-2", {"t2.small": 0.01}
+    box.api.spot_prices = {REGION: prices, west: prices}
+    keys = {"instance_types": ["t2.small"], "usd_per_hour": prices, "storage": str(tmp_path / "runs")}
+    cluster = cluster_from(write_file(box, tmp_path, regions=[REGION, west], startup_timeout="5m", **keys))
+    write_job(tmp_path, steps=100_000, workers="1..2")
+    monkeypatch.setenv("FORGE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.chdir(tmp_path)
+    cluster.up(on_progress=ignore)
+    try:
+        handle = start(tmp_path / "job.yaml", cluster="boxed")
+        run = Run(folder=handle.folder.absolute(), cluster=Machines(tmp_path))
+        run.await_world(2, timeout_s=240.0)
+        done = CliRunner().invoke(app, ["cluster", "move", "boxed", "--to", west, "--yes"])
+        assert done.exit_code == 0, done.output
+        assert not box.api.alive(REGION) and cluster.place == west
+        before = run.step
+        run.await_world(2, timeout_s=240.0)
+        assert run.step > before and run.repeated() == []
+        steps = [line["step"] for line in read_metrics(run.folder)]
+        assert steps == list(range(1, len(steps) + 1)), "one curve"
+        assert [event["reason"] for event in run.of("RunStopped")] == [""]
+        stop_runs([run.folder], on_message=print)
+    finally:
+        assert cluster.down(on_progress=ignore) == []
+    assert not box.api.alive(west) and not box.api.alive(REGION)
 
 
 def _machine_of_a_rank(box: CloudBox, run: Run) -> str:

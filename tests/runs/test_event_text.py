@@ -24,6 +24,7 @@ from forge.events import (
     PreemptionNoticeReceived,
     RankHung,
     RankLocation,
+    RegionMoveAdvised,
     RunStarted,
     SnapshotIntervalChanged,
     StragglerDetected,
@@ -57,6 +58,17 @@ OUTLOOK = DeadlineForecast(
     needed_workers=2,
     max_workers=3,
     can_rent=False,
+)
+MOVE = RegionMoveAdvised(
+    here="us-east-1",
+    to="us-west-2",
+    num_spot=1,
+    num_wanted=4,
+    missing_s=1200.0,
+    slack_s=7200.0,
+    pause_s=900.0,
+    usd_per_hour=3.5,
+    move_usd=0.25,
 )
 SLOW = StragglerDetected(
     generation=1,
@@ -114,6 +126,16 @@ DEADLINES = [
     (
         MachinesChosen(num_spot=4, num_on_demand=2, slack_s=-60.0),
         "machines until the deadline: 4 spot, 2 on demand (1m 00s late with all of them)",
+    ),
+    (
+        MOVE,
+        "1 of 4 spot machines in us-east-1 for 20m 00s; us-west-2 may have more: a move costs 15m 00s without "
+        "machines, 0.25 USD",
+    ),
+    (
+        replace(MOVE, move_usd=None),
+        "1 of 4 spot machines in us-east-1 for 20m 00s; us-west-2 may have more: a move costs 15m 00s without "
+        "machines, traffic at an unknown price",
     ),
 ]
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from forge.cluster.cloud.other_regions import ClusterRegions, to_variable
 from forge.elastic.states import MemberNode, MembershipState
 from forge.events import DeadlineForecast, Event
 from forge.runtime.deadlines import recorded_ends, watch_deadlines
@@ -76,6 +77,37 @@ def test_watch_deadlines__resumed_run__counts_the_hours_that_it_ran(tmp_path: Pa
     assert found["deadline"].deadline == pytest.approx(history.events[0]["time"] + 48 * 3600)
     assert found["max_hours"].deadline == pytest.approx(time.time() + 2 * 3600, abs=60)
     assert found["max_hours"].needed_workers == 3  # 5 steps of one hour are left, and 2 hours
+
+
+def test_watch_deadlines__cluster_that_may_move__knows_prices_and_what_it_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    regions = ClusterRegions(
+        here="us-west-2",
+        storage_region="us-east-1",
+        on_demand_usd_per_hour=10.0,
+        spot_usd_per_hour={"us-west-2": 3.0, "us-east-1": 3.1, "ap-south-1": 3.2},
+    )
+    monkeypatch.setenv("FORGE_CLOUD", "aws")
+    monkeypatch.setenv("FORGE_REGIONS", to_variable(regions))
+    began = time.time() - 7200
+    moves = [("us-east-1", "us-west-2", began), ("us-west-2", "us-east-1", began + 100)]  # the second one failed
+    lines = [
+        json.dumps({"time": at, "event": "RegionMoveAdvised", "here": here, "to": to}) for here, to, at in moves
+    ]
+    (tmp_path / "events.jsonl").write_text("\n".join(lines))
+    plan = tiny_plan(resources={"deadline": "48h"})
+    placement = FixedPlacement(1)
+    (watch,) = watch_deadlines(plan, folder=tmp_path, placement=placement, record_event=lambda _: None)
+    assert watch.regions is not None
+    terms = watch.regions.terms
+    assert (terms.here, terms.usd_per_hour, terms.advised_at) == ("us-west-2", 3.0, began + 100)
+    east, south = terms.others
+    assert (east.place, east.left_at, east.move_usd) == ("us-east-1", began, 0.0)
+    assert (south.place, south.left_at) == ("ap-south-1", None) and 0 < south.move_usd < south.assumed_usd
+    monkeypatch.delenv("FORGE_REGIONS")
+    (watch,) = watch_deadlines(plan, folder=tmp_path, placement=placement, record_event=lambda _: None)
+    assert watch.regions is None
 
 
 @pytest.mark.slow

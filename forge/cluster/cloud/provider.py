@@ -28,7 +28,13 @@ from forge.cluster.base import (
 from forge.cluster.cloud import aws
 from forge.cluster.cloud.head import CloudHead, with_price, with_ray_state
 from forge.cluster.cloud.ray_config import DASHBOARD_PORT, RegionContext, build_ray_config
-from forge.cluster.cloud.region_choice import RegionChoice, choice_record, choose_regions, earlier_regions
+from forge.cluster.cloud.region_choice import (
+    RegionChoice,
+    choice_record,
+    choose_regions,
+    earlier_regions,
+    places_to_move,
+)
 from forge.cluster.cloud.regions import RegionStarter
 from forge.cluster.cloud.setup_commands import preview_install
 from forge.cluster.cloud.state import ClusterIdentity, plain_spec, save_state
@@ -63,6 +69,24 @@ class CloudCluster:
     @property
     def gpu(self) -> str | None:
         return None if self._spec.gpu == "none" else self._spec.gpu
+
+    @property
+    def provider(self) -> str:
+        """The cloud."""
+        return self._spec.provider
+
+    @property
+    def place(self) -> str | None:
+        """The region, or zone on GCP, in which the cluster is; None if it is not up."""
+        record = read_record(self.name)
+        region = record.state.get("region") if record is not None else None
+        return None if region is None else str(region)
+
+    @property
+    def storage_region(self) -> str | None:
+        """The region of the storage, by the file or by AWS; None if unknown."""
+        known = self._spec.storage_region
+        return known or (aws.bucket_region(self._spec.storage) if self.provider == "aws" else None)
 
     @property
     def role(self) -> MachineRole | None:
@@ -155,10 +179,60 @@ class CloudCluster:
             state["choice"] = choice_record(self._spec, choice)
             save_state(self._spec, state)
             try:
-                RegionStarter(self._spec, options=choice.options, state=state, on_progress=on_progress).start()
+                RegionStarter(self._spec, choice=choice, state=state, on_progress=on_progress).start()
             finally:
                 if not state.get("tried"):
                     forget(self._spec, state=state)
+        return self.status()
+
+    def elsewhere(self, *, to: str | None) -> RegionChoice:
+        """Return the places that `move` tries: the others of the file, then the one that the cluster is in.
+
+        Args:
+            to: try this place before the others; None: in the order of `regions`.
+
+        Raises: JobFileError as `choose_regions`; ArgumentError for a place that the file does not allow, or if it
+            allows no other; ClusterError if the cluster is not up or AWS cannot be asked.
+        """
+        record = read_record(self.name)
+        state: Mapping[str, Any] = record.state if record is not None else {}
+        is_live = self._spec.provider == "aws"
+        return places_to_move(
+            self._spec,
+            state=state,
+            to=to,
+            offers=load_offers().offers,
+            market=aws.market_today(self._spec, region=None) if is_live and state.get("region") else None,
+        )
+
+    def move(self, choice: RegionChoice, *, on_progress: OnProgress) -> ClusterStatus:
+        """End the cluster where it is, and start it in the first of these places that has capacity.
+
+        Nothing may run on it: what is on its machines is lost.
+
+        Args:
+            choice: of `elsewhere`.
+
+        Raises: ClusterError if something is left where it was, or no place has capacity; the cluster is down then.
+        """
+        with cluster_lock(self.name):
+            record = read_record(self.name)
+            state = dict(record.state) if record is not None else {}
+            region = state.get("region")
+            if region is None:
+                raise ClusterError(f"the cluster '{self.name}' is not up; start it: forge cluster up FILE")
+            require_tools(self._spec.provider)
+            cluster = ClusterIdentity.of(self.name, state)
+            for one in list(state["tried"]) if self._spec.provider == "aws" else [region]:
+                left = end_region(self._spec, cluster=cluster, region=one, on_progress=on_progress)
+                if left:
+                    listed = "; ".join(left)
+                    raise ClusterError(f"{listed} could not be removed; try again: forge cluster down {self.name}")
+            for key in ("region", "address", "private_address", "prices"):
+                state.pop(key, None)
+            state["tried"], state["choice"] = [], choice_record(self._spec, choice)
+            save_state(self._spec, state)
+            RegionStarter(self._spec, choice=choice, state=state, on_progress=on_progress).start()
         return self.status()
 
     def status(self) -> ClusterStatus:

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from forge.cluster.cloud.instance_selection import InstanceOption, InstancePlan
+from forge.cluster.cloud.other_regions import REGIONS_VARIABLE, ClusterRegions, to_variable
 from forge.cluster.cloud.state import OWNER, ClusterIdentity
 from forge.config.cluster import CloudSpec
 from forge.plan.interruptions import rate_of_band
@@ -101,8 +102,9 @@ def build_ray_config(
     plan: InstancePlan,
     context: RegionContext,
     install: ForgeInstall,
+    regions: ClusterRegions | None = None,
 ) -> dict[str, Any]:
-    """Build the file for `ray up`.
+    """Build the file for `ray up`, with the regions to which the cluster may move.
 
     Raises: ClusterError if the size of an instance type is unknown to forge on a cloud that Ray cannot ask.
     """
@@ -120,7 +122,7 @@ def build_ray_config(
     auth = {"ssh_user": user_of(spec), "ssh_private_key": context.key_file}
     if spec.provider == "azure":
         auth["ssh_public_key"] = context.public_key_file
-    environment = _environment(spec, plan=plan, region=context.region)
+    environment = _environment(spec, plan=plan, region=context.region, regions=regions)
     return {
         "cluster_name": cluster.ray_name,
         "max_workers": plan.max_workers,
@@ -346,7 +348,7 @@ def _worker_commands(environment: str, *, python: str) -> list[str]:
     ]
 
 
-def _environment(spec: CloudSpec, *, plan: InstancePlan, region: str) -> str:
+def _environment(spec: CloudSpec, *, plan: InstancePlan, region: str, regions: ClusterRegions | None) -> str:
     """Shell commands that set the environment of Ray's processes, with the machine's own price.
 
     Ray has one start command for all workers, and passes it the node type.
@@ -361,6 +363,8 @@ def _environment(spec: CloudSpec, *, plan: InstancePlan, region: str) -> str:
         values["FORGE_STORAGE"] = spec.storage
     if spec.max_usd_per_hour is not None:
         values["FORGE_MAX_USD_PER_HOUR"] = f"{spec.max_usd_per_hour:g}"
+    if regions is not None and regions.others:
+        values[REGIONS_VARIABLE] = to_variable(regions)
     exports = " ".join(f"{name}={shell_path(value)}" for name, value in values.items())
     options = {HEAD: plan.head, **{option.node_type: option for option in plan.workers}}
     prices = "".join(
@@ -390,8 +394,5 @@ def _interruption(option: InstanceOption, spec: CloudSpec, *, region: str) -> st
 
 
 def _define_ray(python: str) -> str:
-    """Make `ray` the command line of `forge.cluster.ray_cli`, which opens no port without the token.
-
-    Ray's launcher warns if the commands contain no `ray start`.
-    """
+    """Make `ray`, for whose absence Ray's launcher warns, run `forge.cluster.ray_cli`, which requires the token."""
     return f'ray() {{ {shell_path(python)} -P -m forge.cluster.ray_cli "$@"; }}'

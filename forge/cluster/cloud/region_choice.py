@@ -11,13 +11,13 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime
 from typing import Any
 
 from forge.cluster.cloud.instance_selection import InstancePlan, PriceOf, listed_price, plan_instances
 from forge.config.cluster import CloudSpec
-from forge.errors import JobFileError
+from forge.errors import ArgumentError, ClusterError, JobFileError
 from forge.plan.gpus import Gpu, find_gpu
 from forge.pricing.catalog import MachineType, catalog_table, machine_types, workers_of
 from forge.pricing.choose import TYPICAL_MFU
@@ -78,6 +78,8 @@ class RegionChoice:
     is_chosen: bool
     """Whether forge chose the order, by price."""
     notes: tuple[str, ...]
+    storage_region: str | None = None
+    """Of the file's bucket; None if unknown."""
 
 
 def choose_regions(
@@ -111,7 +113,12 @@ def choose_regions(
     notes = [*prices.notes(tried), *_left_out(found, tried=tried, num_too_expensive=len(too_expensive))]
     if len(earlier) > 1:
         notes.append("the order is that of the cluster's first start; forge cluster down ends it")
-    return RegionChoice(options=tuple(tried), is_chosen=is_chosen, notes=tuple(notes))
+    return RegionChoice(
+        options=tuple(tried),
+        is_chosen=is_chosen,
+        notes=tuple(notes),
+        storage_region=prices.storage_place()[0],
+    )
 
 
 def choice_record(spec: CloudSpec, choice: RegionChoice) -> dict[str, Any]:
@@ -127,6 +134,46 @@ def earlier_regions(spec: CloudSpec, state: Mapping[str, Any]) -> tuple[str, ...
     if not isinstance(record, dict) or record.get("for") != _decisive(spec):
         return ()
     return tuple(str(region) for region in record.get("regions") or ())
+
+
+def places_to_move(
+    spec: CloudSpec,
+    *,
+    state: Mapping[str, Any],
+    to: str | None,
+    offers: Sequence[Offer],
+    market: MarketToday | None = None,
+) -> RegionChoice:
+    """Return the places to which a cluster may move: the others of its file, then the one that it is in.
+
+    It returns to that one if no other has capacity.
+
+    Args:
+        state: of the cluster's record.
+        to: the place to try first; None: in the order of `choose_regions`.
+
+    Raises: ClusterError if the cluster is not up; ArgumentError for a place that its file does not allow, or if
+        it allows no other; JobFileError as `choose_regions`.
+    """
+    here = state.get("region")
+    if here is None:
+        raise ClusterError(f"the cluster '{spec.name}' is not up; start it: forge cluster up FILE")
+    if to is not None and spec.regions != ("auto",) and to not in spec.regions:
+        raise ArgumentError(
+            f"'{spec.name}' may not move to {to}: its file allows the regions {', '.join(spec.regions)}"
+        )
+    choice = choose_regions(spec, offers=offers, market=market)
+    by_place = {one.place: one for one in choice.options}
+    if to is not None and to not in by_place:  # `auto` tries a few of many
+        named = choose_regions(spec.model_copy(update={"regions": (to,)}), offers=offers, market=market)
+        by_place = {one.place: one for one in named.options} | by_place
+    others = [one for place, one in by_place.items() if place != here]
+    if to == here or not others:
+        why = f"is in {here} already" if to == here else f"has no other place: its file allows {here} alone"
+        raise ArgumentError(f"'{spec.name}' {why}; allow others with regions: in its file")
+    others.sort(key=lambda one: one.place != to)
+    back = by_place.get(here) or choose_regions(spec, offers=offers, market=market, earlier=(here,)).options[0]
+    return replace(choice, options=(*others, back))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,7 +7,6 @@ region without capacity is cleaned up before the next one is tried.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from typing import Any
@@ -16,9 +15,10 @@ from forge.cluster.base import NodeProgress, OnProgress, make_token, token_path
 from forge.cluster.cloud import aws, aws_network, firewall
 from forge.cluster.cloud.head import CloudHead
 from forge.cluster.cloud.instance_selection import InstancePlan
+from forge.cluster.cloud.other_regions import regions_of
 from forge.cluster.cloud.ray_config import HEAD, RegionContext, build_ray_config
 from forge.cluster.cloud.ray_launcher import LaunchResult
-from forge.cluster.cloud.region_choice import RegionOption
+from forge.cluster.cloud.region_choice import RegionChoice
 from forge.cluster.cloud.setup_commands import plan_install
 from forge.cluster.cloud.ssh_access import make_key, own_address
 from forge.cluster.cloud.state import ClusterIdentity, cluster_folder, save_state
@@ -38,13 +38,13 @@ class RegionStarter:
     """One attempt to start a cluster in some region."""
 
     def __init__(
-        self, spec: CloudSpec, *, options: Sequence[RegionOption], state: dict[str, Any], on_progress: OnProgress
+        self, spec: CloudSpec, *, choice: RegionChoice, state: dict[str, Any], on_progress: OnProgress
     ) -> None:
         """Args:
-        options: the places to try, in order.
+        choice: the places to try, in order.
         state: the saved state of the cluster, with its id; changed and saved as the attempt proceeds.
         """
-        self._spec, self._options, self._state, self._on_progress = spec, options, state, on_progress
+        self._spec, self._choice, self._state, self._on_progress = spec, choice, state, on_progress
         self._cluster = ClusterIdentity.of(spec.name, state)
 
     def start(self) -> None:
@@ -54,9 +54,9 @@ class RegionStarter:
         """
         refusals: list[str] = []
         left: list[str] = []
-        for option in self._options:
+        for option in self._choice.options:
             region = option.place
-            capacity_error = self._try(region, plan=option.plan, is_last=option is self._options[-1])
+            capacity_error = self._try(region, plan=option.plan, is_last=option is self._choice.options[-1])
             if capacity_error is None:
                 self._show(region, "ready")
                 return
@@ -128,7 +128,14 @@ class RegionStarter:
         install = plan_install(spec, folder=folder)
         self._state["python"] = install.python
         launcher = launcher_for(spec, region=region, on_progress=self._on_progress)
-        config = build_ray_config(spec, cluster=self._cluster, plan=plan, context=context, install=install)
+        config = build_ray_config(
+            spec,
+            cluster=self._cluster,
+            plan=plan,
+            context=context,
+            install=install,
+            regions=regions_of(self._choice, here=region),
+        )
         launcher.write(dump_plain(config))
         (folder / "known_hosts").unlink(missing_ok=True)  # a new machine may have the address of an earlier one
         try:
