@@ -235,7 +235,8 @@ def _figure(
         "paper_bgcolor": _CLEAR,
         "plot_bgcolor": _CLEAR,
         "font": {"family": "inherit", "size": 12},
-        "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom"},
+        # By the container, not by the plot: plotly leaves it inside the plot when the page becomes wider.
+        "legend": {"orientation": "h", "yref": "container", "y": 1, "yanchor": "top"},
         "showlegend": len(drawn) > 1,
         "hovermode": "closest",
     }

@@ -28,10 +28,17 @@ LOOKS: dict[str, dict[str, Any]] = {
     "light": {"width": 1200, "scheme": "light", "media": "screen"},
     "dark": {"width": 1200, "scheme": "dark", "media": "screen"},
     "phone": {"width": 390, "scheme": "light", "media": "screen"},
+    "wider": {"width": 1200, "scheme": "light", "media": "screen"},
     "print": {"width": 718, "scheme": "dark", "media": "print"},
 }
 """718 pixels are the width of A4 between Chromium's margins."""
-BACKGROUNDS = {"light": "244, 246, 249", "dark": "17, 21, 27", "phone": "244, 246, 249", "print": "255, 255, 255"}
+BACKGROUNDS = {
+    "light": "244, 246, 249",
+    "dark": "17, 21, 27",
+    "phone": "244, 246, 249",
+    "wider": "244, 246, 249",
+    "print": "255, 255, 255",
+}
 INSIDE = """[...document.querySelectorAll('.chart')].every(chart => {
     const drawn = chart.querySelector('.main-svg').getBoundingClientRect(), card = chart.parentElement;
     const outer = card.getBoundingClientRect();
@@ -39,6 +46,12 @@ INSIDE = """[...document.querySelectorAll('.chart')].every(chart => {
         && drawn.bottom <= outer.bottom;
 })"""
 """Whether every figure is drawn in its card."""
+LEGENDS_ABOVE = """[...document.querySelectorAll('.chart')].every(chart => {
+    const legend = chart.querySelector('g.legend'), plot = chart.querySelector('.nsewdrag');
+    const isAbove = legend && specs[chart.id].layout.legend?.orientation == 'h';
+    return !isAbove || legend.getBoundingClientRect().bottom <= plot.getBoundingClientRect().top + 1;
+})"""
+"""Whether every legend over a plot is above it, also after the page has become wider."""
 TABLES_INSIDE = """[...document.querySelectorAll('.wide')].every(table => {
     const inner = table.getBoundingClientRect(), outer = table.parentElement.getBoundingClientRect();
     return inner.left >= outer.left && inner.right <= outer.right && inner.bottom <= outer.bottom;
@@ -82,6 +95,7 @@ def test_page__in_every_look__draws_fits_and_executes_nothing(
                 await browser.value("dispatchEvent(new Event('beforeprint'))")
             await asyncio.sleep(0.5)
             assert await browser.value(INSIDE), name
+            assert await browser.value(LEGENDS_ABOVE), name
             assert await browser.value(TABLES_INSIDE), name
             shot = await browser.call("Page.captureScreenshot", format="png", captureBeyondViewport=True)
             (kept / f"{kind}-{name}.png").write_bytes(base64.b64decode(shot["data"]))
