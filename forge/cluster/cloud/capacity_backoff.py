@@ -25,6 +25,7 @@ from typing import Any
 
 from forge.cluster.cloud.machine_limits import (
     AUTOSCALER_FILE,
+    MIN_WORKERS_VARIABLE,
     Kind,
     kind_of,
     limit_types,
@@ -56,7 +57,11 @@ def main() -> None:
             sys.exit(0)
         folder = Path(os.environ.get("RAY_TMPDIR") or "/tmp") / "ray" / "session_latest" / "logs"
         backoff = CapacityBackoff(
-            file=file, log=folder / "monitor.log", count=_count_nodes, limits=limits_folder(Path.home())
+            file=file,
+            log=folder / "monitor.log",
+            count=_count_nodes,
+            limits=limits_folder(Path.home()),
+            min_workers=int(os.environ.get(MIN_WORKERS_VARIABLE, "0")),
         )
         while True:
             backoff.poll(time.time())
@@ -67,14 +72,22 @@ class CapacityBackoff:
     """Limits instance types without capacity in the autoscaler's file."""
 
     def __init__(
-        self, *, file: Path, log: Path, count: Callable[[Mapping[str, Any], str], int], limits: Path
+        self,
+        *,
+        file: Path,
+        log: Path,
+        count: Callable[[Mapping[str, Any], str], int],
+        limits: Path,
+        min_workers: int = 0,
     ) -> None:
         """Args:
         file: the autoscaler's configuration.
         log: the autoscaler's log.
         count: number of existing nodes of a node type, according to the cloud.
         limits: folder with the numbers of machines that runs with a deadline request.
+        min_workers: of the cluster file.
         """
+        self._min_workers = min_workers
         self._limits, self._counted_at = limits, 0.0
         self._wanted: dict[Kind, int] | None = None
         self._file, self._log_file, self._count = file, log, count
@@ -118,14 +131,17 @@ class CapacityBackoff:
         types = config["available_node_types"]
         wanted = [name for name in types if kind_of(name)] if self._wanted is not None else []
         known = [name for name in {*self._paused_until, *self._max_workers, *wanted} if name in types]
+        known.sort(key=lambda name: -types[name].get("priority", 0))  # the cheapest first
         for node_type in known:
             self._max_workers.setdefault(node_type, types[node_type]["max_workers"])
         counted = known if self._wanted is not None else [name for name in known if name in self._paused_until]
         existing = {node_type: self._count(config, node_type) for node_type in counted}
         limits = {node_type: self._max_workers[node_type] for node_type in known}
-        if self._wanted is not None:
-            limits |= limit_types(self._wanted, max_workers=limits, existing=existing)
         limits |= {node_type: existing[node_type] for node_type in known if node_type in self._paused_until}
+        if self._wanted is not None:
+            limits |= limit_types(
+                self._wanted, max_workers=limits, existing=existing, min_workers=self._min_workers
+            )
         if all(types[node_type]["max_workers"] == limit for node_type, limit in limits.items()):
             return
         _log.info("limits now: %s", limits)

@@ -19,6 +19,8 @@ from forge.fs import make_private, write_atomic
 
 AUTOSCALER_FILE = "ray_bootstrap_config.yaml"
 """In the home folder of the head: JSON in spite of its name, since Ray's launcher writes it."""
+MIN_WORKERS_VARIABLE = "FORGE_MIN_WORKERS"
+"""In the environment of the head's processes: `workers` of the cluster file, its lower end."""
 _MAX_AGE_S = 600.0
 _MAX_BYTES = 2**24
 
@@ -84,20 +86,37 @@ def wanted_machines(folder: Path, *, now: float) -> dict[Kind, int] | None:
 
 
 def limit_types(
-    wanted: Mapping[Kind, int], *, max_workers: Mapping[str, int], existing: Mapping[str, int]
+    wanted: Mapping[Kind, int], *, max_workers: Mapping[str, int], existing: Mapping[str, int], min_workers: int = 0
 ) -> dict[str, int]:
-    """Return the largest number of machines by node type; never fewer than exist, which Ray would end at once.
+    """Return the largest number of machines by node type, for which Ray may rent.
+
+    All types of a kind together get no more than is wanted of it, so the first one gets all that its own limit
+    allows; if the cloud has none, it is paused and the next one gets them. No type gets fewer than exist, which Ray
+    would end at once, and both kinds together no fewer than the cluster file's minimum: spot machines as far as
+    they can be had, then on-demand ones.
 
     Args:
-        max_workers: of each node type, as the cluster file allows.
+        max_workers: of each node type, the preferred one first: as the cluster file allows, or as many as exist
+            while it is paused.
+        min_workers: of the cluster file.
     """
+    num_on_demand = sum(count for name, count in existing.items() if kind_of(name) == "on_demand")
+    num_spot = max(wanted["spot"], min_workers - num_on_demand)
+    found = _limit_kind("spot", num_spot, max_workers=max_workers, existing=existing)
+    num_on_demand = max(wanted["on_demand"], min_workers - sum(found.values()))
+    return found | _limit_kind("on_demand", num_on_demand, max_workers=max_workers, existing=existing)
+
+
+def _limit_kind(
+    kind: Kind, num_wanted: int, *, max_workers: Mapping[str, int], existing: Mapping[str, int]
+) -> dict[str, int]:
+    names = [name for name in max_workers if kind_of(name) == kind]
+    left = max(0, num_wanted - sum(existing.get(name, 0) for name in names))
     found = {}
-    for node_type, largest in max_workers.items():
-        if (kind := kind_of(node_type)) is None:
-            continue
-        others = sum(count for name, count in existing.items() if kind_of(name) == kind)
-        count = existing.get(node_type, 0)
-        found[node_type] = max(count, min(largest, count + wanted[kind] - others))
+    for name in names:
+        count = existing.get(name, 0)
+        added = min(left, max(0, max_workers[name] - count))
+        found[name], left = count + added, left - added
     return found
 
 

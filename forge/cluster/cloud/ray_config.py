@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from forge.cluster.cloud.instance_selection import InstanceOption, InstancePlan
+from forge.cluster.cloud.machine_limits import MIN_WORKERS_VARIABLE
 from forge.cluster.cloud.other_regions import REGIONS_VARIABLE, ClusterRegions, to_variable
 from forge.cluster.cloud.state import OWNER, ClusterIdentity
 from forge.config.cluster import CloudSpec
@@ -358,6 +359,7 @@ def _environment(spec: CloudSpec, *, plan: InstancePlan, region: str, regions: C
         "RAY_AUTH_TOKEN_PATH": TOKEN_FILE,
         "FORGE_CLOUD": spec.provider,
         "AUTOSCALER_NODE_START_WAIT_S": str(math.ceil(spec.startup_timeout)),
+        MIN_WORKERS_VARIABLE: str(plan.min_workers),
     }
     if spec.storage is not None:
         values["FORGE_STORAGE"] = spec.storage
