@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ from typing import Any
 import psutil
 import pytest
 
+from forge.chaos import processes
 from forge.chaos.faults import kill_node_of
 from forge.chaos.processes import kill, processes_of, slow_down, suspend
 from forge.errors import ArgumentError
@@ -175,3 +177,29 @@ child.wait()
         driver.wait()
         with pytest.raises(ArgumentError, match="no process"):
             slow_down(pid, members=members, factor=2.0, seconds=0.1)
+
+
+def test_slow_down__woken_late__stops_the_process_for_longer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spent_s = {signal.SIGSTOP: 0.0, signal.SIGCONT: 0.0}
+
+    class LateClock:
+        now, state = 0.0, signal.SIGCONT
+
+        def monotonic(self) -> float:
+            return self.now
+
+        def sleep(self, seconds: float) -> None:  # a busy machine: 5 ms too long
+            self.now += seconds + 0.005
+            spent_s[self.state] += seconds + 0.005
+
+    clock = LateClock()
+    folder = make_run(tmp_path)
+    with _driver(folder) as pid:
+        _record(folder, _events(pid))
+        members = processes_of(folder)
+        monkeypatch.setattr(processes, "time", clock)
+        monkeypatch.setattr(signal, "pidfd_send_signal", lambda _, number: setattr(clock, "state", number))
+        assert slow_down(pid, members=members, factor=5.0, seconds=10.0)
+    assert spent_s[signal.SIGSTOP] >= (5.0 - 1) * spent_s[signal.SIGCONT] * 0.99
