@@ -38,6 +38,10 @@ class AgentConnection:
     """How much less than on demand its machine costs; 0 for an on-demand machine."""
     mtbf_s: float | None = None
     """Mean time until its machine is lost, as far as it is known."""
+    number: int | None = None
+    """Of its endpoint, in start commands (`SourceWriter`); None: it has none yet."""
+    num_endpoints_sent: int = 0
+    """It has been sent the endpoints with smaller numbers than this."""
 
 
 class AgentConnections(Mapping[str, AgentConnection]):

@@ -1,6 +1,6 @@
 """Build the commands that start a generation or flush replicas to storage, and the launch spec of a worker.
 
-Pure functions of a decision, the membership state and the connected agents; they return one message per agent.
+Functions of a decision, the membership state and the connected agents; they return one message per agent.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from forge.elastic.agent_connections import AgentConnection
-from forge.elastic.rpc import Message, pack, unpack
+from forge.elastic.rpc import Message
+from forge.elastic.source_shards import SourceWriter, holders
 from forge.elastic.states import FlushToStorage, MembershipState, StartGeneration
 from forge.plan.checkpoint_interval import CheckpointRisk
 
@@ -57,6 +58,7 @@ def start_commands(
     state: MembershipState,
     connections: Mapping[str, AgentConnection],
     laps: Mapping[str, float],
+    sources: SourceWriter,
     checkpoint_risk: CheckpointRisk | None = None,
 ) -> dict[str, Message]:
     """Return for each node the command that starts its ranks of a generation.
@@ -64,6 +66,7 @@ def start_commands(
     Args:
         checkpoint_risk: with `checkpoint.every: auto`.
         laps: seconds of each part of the membership change so far.
+        sources: knows which endpoints each agent has; the commands must be sent.
     """
     nodes = list(dict.fromkeys(start.assignment))
     ranks: dict[str, list[int]] = {node: [] for node in nodes}
@@ -79,12 +82,12 @@ def start_commands(
         "port": connections[nodes[0]].rendezvous_port,
         "is_spread": len(num_on_host) > 1,
         "step": start.step,
-        "source": _source(start, state=state, connections=connections),
         "laps": dict(laps),
         "checkpoint_risk": None if checkpoint_risk is None else asdict(checkpoint_risk),
         "is_stopping": state.is_stopping,
     }
     commands = {}
+    source = sources.sources(start, state=state, connections=connections)
     for number, node in enumerate(nodes):
         peer = (
             nodes[(number + 1) % len(nodes)]
@@ -93,6 +96,7 @@ def start_commands(
         )
         commands[node] = common | {
             "ranks": ranks[node],
+            "source": source[node],
             "num_on_host": num_on_host[connections[node].host],
             "peer": list(connections[peer].endpoint) if peer is not None else None,
         }
@@ -102,9 +106,7 @@ def start_commands(
 def flush_commands(flush: FlushToStorage, *, state: MembershipState, token: str) -> dict[str, Message]:
     """By node, the command to write its shards of a checkpoint from memory."""
     ranks: dict[str, list[int]] = {}
-    for rank, names in _holders(
-        flush.generation, world_size=flush.world_size, step=flush.step, state=state
-    ).items():
+    for rank, names in holders(flush.generation, world_size=flush.world_size, step=flush.step, state=state).items():
         ranks.setdefault(names[0], []).append(rank)
     common = {
         "command": "flush",
@@ -114,42 +116,6 @@ def flush_commands(flush: FlushToStorage, *, state: MembershipState, token: str)
         "token": token,
     }
     return {node: common | {"ranks": own} for node, own in ranks.items()}
-
-
-def source_shards(command: Message) -> list[Message]:
-    """The snapshots that a start command continues from: generation, rank, endpoint."""
-    if command["source"] is None:
-        return []
-    generation, endpoints = command["source"]
-    return [
-        {"generation": generation, "rank": rank, "endpoint": endpoint}
-        for rank, endpoint in enumerate(unpack(endpoints))
-    ]
-
-
-def _source(
-    start: StartGeneration, *, state: MembershipState, connections: Mapping[str, AgentConnection]
-) -> list[Any] | None:
-    """Return the generation to continue from, and one endpoint per rank; agents prefer their own replicas.
-
-    The endpoints are compressed, because every agent receives all of them.
-    """
-    if start.source is None:
-        return None
-    generation, world_size = start.source
-    where = _holders(generation, world_size=world_size, step=start.step, state=state)
-    return [generation, pack([list(connections[where[rank][0]].endpoint) for rank in range(world_size)])]
-
-
-def _holders(generation: int, *, world_size: int, step: int, state: MembershipState) -> dict[int, list[str]]:
-    """Return the nodes that hold each rank's snapshot of a step."""
-    found: dict[int, list[str]] = {rank: [] for rank in range(world_size)}
-    wanted = (generation, world_size, step)
-    for name, node in state.nodes.items():
-        for held in node.replicas:
-            if (held.generation, held.world_size, held.step) == wanted:
-                found[held.rank].append(name)
-    return found
 
 
 def find_spare(node: str, *, state: MembershipState, connections: Mapping[str, AgentConnection]) -> str | None:

@@ -53,7 +53,9 @@ class ShardedMap(Mapping[str, V], Generic[V]):
     def without(self, key: str) -> ShardedMap[V]:
         """Return a mapping that does not have `key`."""
         number = _shard_of(key, len(self._shards))
-        return self._with_shard(number, {k: v for k, v in self._shards[number].items() if k != key})
+        shard = self._shards[number].copy()
+        shard.pop(key, None)
+        return self._with_shard(number, shard)
 
     def _with_shard(self, number: int, shard: dict[str, V]) -> ShardedMap[V]:
         changed = object.__new__(ShardedMap)
@@ -96,7 +98,9 @@ class ShardedSet(Set[T], Generic[T]):
         if key not in self:
             return self
         number = _shard_of(key, len(self._shards))
-        return self._with_shard(number, {k: None for k in self._shards[number] if k != key})
+        shard = self._shards[number].copy()
+        del shard[key]
+        return self._with_shard(number, shard)
 
     def _with_shard(self, number: int, shard: dict[T, None]) -> ShardedSet[T]:
         changed: ShardedSet[T] = object.__new__(ShardedSet)

@@ -28,6 +28,7 @@ from forge.elastic.membership import RECOVERY_S, decide
 from forge.elastic.placement import Placement
 from forge.elastic.reports import attached_from, event_from
 from forge.elastic.rpc import Channel, Endpoint, Listener, Message
+from forge.elastic.source_shards import SourceWriter
 from forge.elastic.states import Action, Event, MembershipState, Phase
 from forge.elastic.straggler_watch import NOTICE_S, StragglerWatch
 from forge.pricing.budget import CostMeter
@@ -94,6 +95,7 @@ class Supervisor:
         )
         self._placement, self._record_event, self._meter, self._clock = placement, record_event, meter, clock
         self._losses, self._deadlines, self._stragglers = losses, deadlines, stragglers
+        self._sources = SourceWriter()
         self._stop_reason = ""
         self._connections = AgentConnections()
         self._has_started = is_restarted
@@ -409,7 +411,12 @@ class Supervisor:
         nodes_mtbf_s = [self._connections[node].mtbf_s for node in set(start.assignment)]
         risk = self._losses.risk(nodes_mtbf_s=nodes_mtbf_s) if self._losses else None
         commands = start_commands(
-            start, state=self.state, connections=self._connections, laps=laps, checkpoint_risk=risk
+            start,
+            state=self.state,
+            connections=self._connections,
+            laps=laps,
+            sources=self._sources,
+            checkpoint_risk=risk,
         )
         for node, command in commands.items():
             self._connections.send(node, command)

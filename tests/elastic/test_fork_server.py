@@ -97,7 +97,14 @@ class TestSupervisor:
             is_spread=False,
             peer=None,
             step=step,
-            source=[parts[0]["generation"], pack([part["endpoint"] for part in parts])] if parts else None,
+            source={
+                "generation": parts[0]["generation"],
+                "numbers": pack([0, *(1 for _ in parts[1:])]),
+                "first": 0,
+                "endpoints": pack([[number, *part["endpoint"]] for number, part in enumerate(parts)]),
+            }
+            if parts
+            else None,
             laps={},
             checkpoint_risk=None,
             is_stopping=False,

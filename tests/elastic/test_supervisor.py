@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 
 from forge.elastic.agent_connections import AgentConnection
-from forge.elastic.commands import source_shards, start_commands
+from forge.elastic.commands import start_commands
+from forge.elastic.rpc import Message, unpack
+from forge.elastic.source_shards import SourceReader, SourceWriter
 from forge.elastic.states import MemberNode, MembershipState, Phase, ReplicaLocation, StartGeneration
 from forge.elastic.straggler_detector import MIN_ROUND_S, NUM_ROUNDS, WINDOW_STEPS
 from forge.elastic.straggler_watch import StragglerTerms, StragglerWatch
@@ -218,38 +221,107 @@ def test_single_node__spare_lost__peer_is_replaced() -> None:
 @pytest.mark.parametrize("num_agents", [1, 3])
 def test_start_commands__from_memory__every_agent_gets_all_shards(num_agents: int) -> None:
     names = "abc"[:num_agents]
-    connections = {
-        name: AgentConnection(
+    group = StartGroup(names)
+    commands = group.start(from_nodes=names)
+    wanted = group.shards(names)
+    assert all(SourceReader().shards(commands[name]) == wanted for name in names)
+
+
+def test_start_commands__second_one__has_new_endpoints_only() -> None:
+    group = StartGroup("abc")
+    readers = {name: SourceReader() for name in "abcd"}
+    for name, command in group.start(from_nodes="abc").items():
+        assert readers[name].shards(command) == group.shards("abc")
+    del group.connections["b"]
+    group.connect("d", port=7777)
+    commands = group.start(from_nodes="adc")  # b's rank is held by d now
+    assert {name: command["source"]["first"] for name, command in commands.items()} == {"a": 3, "c": 3, "d": 0}
+    assert unpack(commands["a"]["source"]["endpoints"]) == [[3, "host-d", 7777]]
+    assert len(unpack(commands["d"]["source"]["endpoints"])) == 3
+    for name, command in commands.items():
+        assert readers[name].shards(command) == group.shards("adc")
+
+
+def test_start_commands__agent_without_ranks_for_a_while__gets_what_it_missed() -> None:
+    group = StartGroup("abc")
+    reader = SourceReader()
+    assert reader.shards(group.start(from_nodes="ab")["a"]) == group.shards("ab")
+    del group.connections["b"]
+    group.connect("d", port=7777)
+    assert "a" not in group.start(from_nodes="cd", on="cd")
+    del group.connections["d"]
+    group.connect("b", port=8888)  # the node is back, with another endpoint
+    assert reader.shards(group.start(from_nodes="bc")["a"]) == group.shards("bc")
+
+
+def test_start_commands__new_connection__gets_all_again_and_forgets_the_numbers_of_another_supervisor() -> None:
+    first, second, reader = StartGroup("abc"), StartGroup("cba"), SourceReader()
+    assert reader.shards(first.start(from_nodes="abc")["a"]) == first.shards("abc")
+    assert reader.shards(second.start(from_nodes="cab")["a"]) == second.shards("cab")
+    second.connect("a", port=9999)
+    assert reader.shards(second.start(from_nodes="cab")["a"]) == second.shards("cab")
+
+
+def test_start_commands__ten_thousand_nodes_one_replaced__are_short() -> None:
+    names = [f"n{number:05}" for number in range(10_000)]
+    group = StartGroup(names)
+    group.start(from_nodes=names)
+    group.connect("n00500", port=7001)
+    command = group.start(from_nodes=names)["n00000"]
+    assert len(json.dumps(command)) < 2000
+
+
+class StartGroup:
+    """Connected agents, and start commands that continue from snapshots on them."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.connections: dict[str, AgentConnection] = {}
+        self._writer = SourceWriter()
+        for number, name in enumerate(names):
+            self.connect(name, port=7000 + number)
+
+    def connect(self, name: str, *, port: int) -> None:
+        self.connections[name] = AgentConnection(
             node=name,
-            host=name,
-            endpoint=(f"10.0.0.{number}", 7000 + number),
+            host=f"host-{name}",
+            endpoint=(f"host-{name}", port),
             rendezvous_port=1,
             agent_pid=1,
             send=lambda message: None,
             close=lambda: None,
             heard_at=0.0,
         )
-        for number, name in enumerate(names)
-    }
-    nodes = {
-        name: MemberNode(
-            num_slots=1, replicas=frozenset({ReplicaLocation(generation=4, rank=r, world_size=num_agents, step=9)})
-        )
-        for r, name in enumerate(names)
-    }
-    start = StartGeneration(generation=5, assignment=tuple(names), step=9, source=(4, num_agents))
-    state = MembershipState(min_workers=1, max_workers=3, nodes=nodes)
-    orders = start_commands(start, state=state, connections=connections, laps={})
-    wanted = [
-        {"generation": 4, "rank": r, "endpoint": list(connections[name].endpoint)} for r, name in enumerate(names)
-    ]
-    assert all(source_shards(orders[name]) == wanted for name in names)
+
+    def start(self, *, from_nodes: Sequence[str], on: Sequence[str] = ()) -> dict[str, Message]:
+        """Start a rank on each node, from snapshots of ranks 0, 1, ... on these nodes."""
+        size = len(from_nodes)
+        rank_of = {name: rank for rank, name in enumerate(from_nodes)}
+        nodes = {
+            name: MemberNode(
+                num_slots=1,
+                replicas=frozenset(
+                    {ReplicaLocation(generation=4, rank=rank_of[name], world_size=size, step=9)}
+                    if name in rank_of
+                    else ()
+                ),
+            )
+            for name in self.connections
+        }
+        start = StartGeneration(generation=5, assignment=tuple(on or self.connections), step=9, source=(4, size))
+        state = MembershipState(min_workers=1, max_workers=len(nodes), nodes=nodes)
+        return start_commands(start, state=state, connections=self.connections, laps={}, sources=self._writer)
+
+    def shards(self, from_nodes: Sequence[str]) -> list[Message]:
+        return [
+            {"generation": 4, "rank": rank, "endpoint": list(self.connections[name].endpoint)}
+            for rank, name in enumerate(from_nodes)
+        ]
 
 
 def test_start_commands__from_storage__no_shards() -> None:
     def script(scene: Scene) -> None:
         order = next(message for message in scene.received["a"] if message["command"] == "start")
-        assert source_shards(order) == []
+        assert SourceReader().shards(order) == []
 
     run_scene(script)
 

@@ -21,11 +21,12 @@ import psutil
 
 from forge.elastic.agent_config import AgentConfig
 from forge.elastic.background import BackgroundTasks
-from forge.elastic.commands import LOOPBACK, WorkerSpec, source_shards
+from forge.elastic.commands import LOOPBACK, WorkerSpec
 from forge.elastic.record_forwarder import RecordForwarder
 from forge.elastic.replicas.replicate import Replicator
 from forge.elastic.replicas.store import ReplicaStore
 from forge.elastic.rpc import Endpoint, Message
+from forge.elastic.source_shards import SourceReader
 from forge.elastic.states import EndReason
 from forge.elastic.workers.fork_client import ForkServer, ForkServerPool
 from forge.elastic.workers.rank_process import RankProcess
@@ -67,6 +68,7 @@ class WorkerGroup:
         self._workers: dict[int, RankProcess] = {}
         self._fork_server: ForkServer | None = None
         self._standbys = StandbyProcesses()
+        self._sources = SourceReader()
         self._gpus = _gpus_of(config.devices)
         self.generation = 0
         """Of the ranks that run, or ran last."""
@@ -115,6 +117,7 @@ class WorkerGroup:
         """
         ranks, asked_at = command["ranks"], time.monotonic()
         self.generation = command["generation"]
+        sources = self._sources.shards(command)
         self.kill(self.generation - 1)
         if self._fork_server is None:  # it has just died, which is being reported
             for rank in ranks:
@@ -126,6 +129,7 @@ class WorkerGroup:
             self._fork(
                 command,
                 local_rank=local_rank,
+                sources=sources,
                 fork_server=self._fork_server,
                 asked_at=asked_at,
                 rendezvous_fd=rendezvous_fd,
@@ -237,7 +241,14 @@ class WorkerGroup:
         return f"cuda:{local_rank}" if self._gpus else "cpu"
 
     def _fork(
-        self, command: Message, *, local_rank: int, fork_server: ForkServer, asked_at: float, rendezvous_fd: int
+        self,
+        command: Message,
+        *,
+        local_rank: int,
+        sources: Sequence[Message],
+        fork_server: ForkServer,
+        asked_at: float,
+        rendezvous_fd: int,
     ) -> None:
         """Fork one rank, or start it in a standby process, and read its messages."""
         rank = command["ranks"][local_rank]
@@ -255,7 +266,7 @@ class WorkerGroup:
         if command["is_stopping"]:
             worker.status[StatusField.STOP] = 1
         fds = [worker.status.fd, *([rendezvous_fd] if rank == 0 else [])]
-        shards, shard_fds = self._shards(command, first_fd=1 + len(fds))
+        shards, shard_fds = self._shards(sources, step=command["step"], first_fd=1 + len(fds))
         num_cores = min(self._config.num_cores, usable_cpus())
         spec = WorkerSpec(
             generation=command["generation"],
@@ -288,14 +299,14 @@ class WorkerGroup:
         ours.setblocking(False)
         asyncio.get_running_loop().add_reader(ours, self._read, worker)
 
-    def _shards(self, command: Message, *, first_fd: int) -> tuple[list[Message], list[int]]:
+    def _shards(self, sources: Sequence[Message], *, step: int, first_fd: int) -> tuple[list[Message], list[int]]:
         """Locate the shards to continue from: file descriptors of local ones, endpoints of the others."""
         shards: list[Message] = []
         fds: list[int] = []
-        for shard in source_shards(command):
+        for shard in sources:
             name = {"generation": shard["generation"], "rank": shard["rank"]}
             buffer = self._store.find(generation=shard["generation"], rank=shard["rank"])
-            if buffer is not None and any(copy.step == command["step"] for copy in buffer.snapshots()):
+            if buffer is not None and any(copy.step == step for copy in buffer.snapshots()):
                 shards.append(name | {"fd": first_fd + len(fds)})
                 fds.append(buffer.fd)
             else:
