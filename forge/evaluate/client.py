@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,8 @@ from forge.cluster.local.ray_cluster import find_local
 from forge.cluster.registry import find_cluster
 from forge.config.load import LoadedTask, load_task
 from forge.config.task import TaskSpec
-from forge.errors import ArgumentError
+from forge.environment import expand_home, looked_in
+from forge.errors import ArgumentError, printable
 from forge.evaluate.compare import Comparison, EvaluatedModel, compare
 from forge.evaluate.lm_eval import (
     LmEvalOptions,
@@ -22,7 +24,7 @@ from forge.evaluate.lm_eval import (
     with_lm_eval,
 )
 from forge.evaluate.results import read_outputs
-from forge.evaluate.task import build_task
+from forge.evaluate.task import HELD_OUT_PROBLEM, build_task
 from forge.foreign import from_record
 from forge.plan.plan import written_job
 from forge.runs.find_model import find_model
@@ -107,6 +109,8 @@ def evaluate_models(
     _require_effect(options, has_run=any((folder / "plan.json").is_file() for folder in folders), own=bool(own))
     for _, task in loaded:
         build_task(task)
+        for folder in folders:
+            _require_data(task, folder=folder)
     if harness:
         _require_harness(harness, options=options)
     is_elsewhere = options.cluster is not None and not find_cluster(options.cluster).shares_files
@@ -165,6 +169,16 @@ def _require_effect(options: EvaluateOptions, *, has_run: bool, own: bool) -> No
         raise ArgumentError("lm-eval scores in one process; leave out --workers")
 
 
+def _require_data(task: LoadedTask, *, folder: Path) -> None:
+    """Raises: JobFileError if a task reads the held-out records of a run, and the model is a folder of weights."""
+    spec = task.task
+    if (folder / "plan.json").is_file():
+        return
+    for key, data in (("data", spec.data), ("few_shot.data", spec.few_shot.data)):
+        if data is not None and data.held_out:
+            raise task.source.error(f"{key}.held_out", f"{HELD_OUT_PROBLEM} ({folder} has no plan.json)")
+
+
 def _require_harness(tasks: Sequence[str], *, options: EvaluateOptions) -> None:
     """Raises: ArgumentError if lm-eval is not installed, a task file does not exist, or an option is not for it."""
     require_lm_eval(tasks)
@@ -190,16 +204,18 @@ def _of_harness(
 
 def find_task(name: str | Path) -> Path:
     """Return a task file: a path, or the name of one in `jobs/eval`. Raises: ArgumentError if there is none."""
-    path = Path(name).expanduser()
-    if path.suffix in (".yaml", ".yml") or path.exists():
-        return path
+    path = Path(expand_home(str(name)))
     named = TASKS / f"{name}.yaml"
-    if named.exists():
-        return named
+    with contextlib.suppress(OSError, ValueError):  # a name may be too long for a path, or have a zero byte
+        if path.suffix in (".yaml", ".yml") or path.exists():
+            return path
+        if named.exists():
+            return named
     known = sorted(file.stem for file in TASKS.glob("*.yaml"))
     nearest = difflib.get_close_matches(str(name), known, n=1)
     hint = f"; did you mean {nearest[0]}?" if nearest else f"; there are {', '.join(known)}" if known else ""
-    raise ArgumentError(f"there is no task file {name}, and no {named}{hint}")
+    shown = printable(str(name), limit=200)
+    raise ArgumentError(f"there is no task file {shown}, and no {TASKS}/{shown}.yaml{looked_in(TASKS)}{hint}")
 
 
 def _compared(models: Sequence[ModelScores], *, tasks: Sequence[TaskSpec]) -> Comparison:
@@ -221,9 +237,11 @@ def _job(folder: Path) -> dict[str, Any] | None:
 
 
 def _require_different(tasks: Sequence[tuple[Path, LoadedTask]]) -> None:
-    """Raises: JobFileError if two tasks have the same name."""
+    """Raises: JobFileError if two tasks have the same name; ArgumentError for the same file twice."""
     seen: dict[str, Path] = {}
     for path, loaded in tasks:
         other = seen.setdefault(loaded.task.name, path)
+        if other is not path and other.resolve() == path.resolve():
+            raise ArgumentError(f"--tasks has {path} twice; leave one out")
         if other is not path:
             raise loaded.source.error("name", f"is also the name of the task in {other}")

@@ -19,6 +19,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from forge.environment import expand_home
 from forge.errors import ArgumentError, RunError, harmless
 from forge.evaluate.compare import Comparison, ScoreCell, ScoreColumn
 from forge.foreign import parse_object, read_file
@@ -82,7 +83,7 @@ def score_with_lm_eval(
     Raises: as `run_lm_eval`; ArgumentError, CheckpointError if the run or its checkpoint cannot be found.
     """
     require_lm_eval(tasks)
-    folder = Path(model).expanduser()
+    folder = Path(expand_home(model))
     if (folder / "config.json").is_file():
         return run_lm_eval(folder, tasks=tasks, options=options)
     found = locate(model, root=root)

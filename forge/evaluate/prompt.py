@@ -1,6 +1,7 @@
 """Prompts and targets: Jinja templates over the fields of a record, or a field as it is.
 
-Templates run in the sandbox that transformers uses for chat templates, with a limit of time and memory. A field
+Templates run in the sandbox that transformers uses for chat templates, with a limit of time and memory. Nothing of
+them is computed when they are compiled, where Jinja would have no limit, and nothing in them is random. A field
 that is missing or null is an error: a prompt with `None` in it would be scored like any other.
 """
 
@@ -9,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from jinja2 import StrictUndefined
-from jinja2.exceptions import TemplateError
+from jinja2 import StrictUndefined, pass_context
+from jinja2.exceptions import SecurityError, TemplateError
+from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from forge.config.task import is_template
@@ -22,6 +24,8 @@ from forge.errors import ArgumentError, DataError
 Expression = Callable[[Record], Any]
 
 MAX_PROMPT_CHARS = 1 << 22
+_MAX_INTEGER_BITS = 1 << 14
+"""Of a product or power: one operation on huge integers takes minutes, and no alarm ends it."""
 
 
 def build_expression(text: str, *, key: str) -> Expression:
@@ -58,10 +62,31 @@ def build_expression(text: str, *, key: str) -> Expression:
     return rendered
 
 
-def _no_null(value: Any) -> Any:
+@pass_context  # without the context, Jinja would call it, and compute its argument, when it compiles a template
+def _no_null(context: Context, value: Any) -> Any:
     if value is None:
         raise ValueError("a field is null; use `{{ field or '' }}` if it may be")
     return value
 
 
-_ENVIRONMENT = ImmutableSandboxedEnvironment(undefined=StrictUndefined, finalize=_no_null)
+class PromptEnvironment(ImmutableSandboxedEnvironment):
+    """The sandbox of templates in task files, in which equal records give equal texts."""
+
+    intercepted_binops = frozenset(["*", "**"])
+
+    def __init__(self) -> None:
+        super().__init__(undefined=StrictUndefined, finalize=_no_null, optimized=False)
+        del self.globals["lipsum"], self.filters["random"]
+
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        """Compute a product or power. Raises: SecurityError for an integer that would be too large."""
+        if isinstance(left, int) and isinstance(right, int):
+            bits = left.bit_length() + right.bit_length()
+            if operator == "**":
+                bits = left.bit_length() * max(0, right)
+            if bits > _MAX_INTEGER_BITS:
+                raise SecurityError(f"the result of {operator} has more than {_MAX_INTEGER_BITS:,} bits")
+        return super().call_binop(context, operator, left, right)
+
+
+_ENVIRONMENT = PromptEnvironment()

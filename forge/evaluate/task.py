@@ -28,6 +28,10 @@ from forge.evaluate.prompt import Expression, build_expression
 from forge.units import counted
 
 Message = Mapping[str, str]
+HELD_OUT_PROBLEM = (
+    "means the records that a run held out, which is not known of a folder of weights; name files in the task "
+    "(data.files), or evaluate the run"
+)
 HeldOut = Callable[[], Iterable[Record]]
 
 
@@ -222,10 +226,7 @@ def task_records(data: TaskDataSpec, *, held_out: HeldOut | None) -> Iterable[Re
     """
     if data.held_out:
         if held_out is None:
-            raise ArgumentError(
-                "data.held_out: true means the records that a run held out, which is not known of a folder of "
-                "weights; name files in the task (data.files), or evaluate the run"
-            )
+            raise ArgumentError(f"data.held_out: true {HELD_OUT_PROBLEM}")
         return held_out()
     spec = data.as_data()
     files = None if spec.files is None else tuple(map(_expanded, spec.files))

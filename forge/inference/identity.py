@@ -14,6 +14,7 @@ from typing import Literal
 from forge.checkpoint.best import open_verified
 from forge.checkpoint.reader import Checkpoint
 from forge.checkpoint.storage import open_storage
+from forge.environment import expand_home
 from forge.errors import ArgumentError, ForgeError
 from forge.fs import default_cache_dir
 from forge.model.auto_classes import auto_class_of_config
@@ -52,7 +53,7 @@ class ModelIdentity:
 
 def identify(source: str | Path, *, step: int | str | None = None, ema: bool = False) -> ModelIdentity:
     """Find which model `load` would load. Raises: as `load`."""
-    folder = Path(source).expanduser()
+    folder = Path(expand_home(str(source)))
     if (folder / "plan.json").is_file():
         plan = read_plan(folder)
         checkpoint = open_verified(open_storage(plan.job.checkpoint.url_of(str(folder))), step=step)

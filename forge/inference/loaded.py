@@ -29,6 +29,7 @@ from forge.data.chat_template import ChatTemplate, find_chat_template
 from forge.data.conversations import Conversation
 from forge.data.text_frame import TextFrame, text_frame
 from forge.data.tokenizer import TextTokenizer, load_tokenizer, parse_tokenizer
+from forge.environment import expand_home
 from forge.errors import ArgumentError, CheckpointError, ForgeError
 from forge.foreign import parse_object, read_file
 from forge.inference.adapters import load_adapters, merge_adapters
@@ -186,7 +187,7 @@ def load(
     Raises: CheckpointError if the run has no such checkpoint; ArgumentError if the folder holds neither a run nor a
         model; ModelError, PlanError, DataError if it cannot be used; UserCodeError for code that is not trusted.
     """
-    folder = Path(source).expanduser()
+    folder = Path(expand_home(str(source)))
     if (folder / "plan.json").is_file():
         found = _load_run(folder, step=step, ema=ema)
     elif step is not None or ema:

@@ -7,6 +7,7 @@ import difflib
 from pathlib import Path
 
 from forge.checkpoint.peft_folder import adapters_problem
+from forge.environment import expand_home
 from forge.errors import ArgumentError, printable
 from forge.runs.reader import find_run
 
@@ -20,7 +21,7 @@ def find_model(name: str | Path, *, root: Path, marker: str = "config.json") -> 
 
     Raises: ArgumentError that says what the folder lacks, or lists the runs that exist.
     """
-    path = Path(name).expanduser()
+    path = Path(expand_home(str(name)))
     with contextlib.suppress(OSError, ValueError):  # a name may be too long for a path, or have a zero byte
         if (path / marker).is_file() and not (path / "plan.json").is_file():
             return path

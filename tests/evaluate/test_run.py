@@ -15,7 +15,7 @@ from forge.cluster.local.ray_cluster import add_node, kill_node, start_head_alon
 from forge.config.load import load_task_text
 from forge.config.resources import WandbSpec
 from forge.data.tokenizer import train_tokenizer
-from forge.errors import ArgumentError
+from forge.errors import ArgumentError, JobFileError
 from forge.evaluate.client import EvaluateOptions, Evaluation, evaluate_models, find_task
 from forge.evaluate.results import read_outputs, score_task, task_digest, write_answers
 from forge.evaluate.shards import TaskShards
@@ -23,6 +23,7 @@ from forge.evaluate.task import build_task
 from forge.evaluate.worker import EvaluationWorker
 from forge.inference.identity import identify
 from forge.inference.loaded import load
+from forge.runs.find_model import find_model
 from forge.runs.scores import TaskScore, TaskValue, append_score, newest_scores, read_scores
 from forge.runs.trackers.wandb_tracker import log_scores, scores_sent
 from tests.inference.conftest import write_model
@@ -120,6 +121,26 @@ def test_find_task__unknown_name__names_the_nearest(tmp_path: Path, monkeypatch:
     assert find_task("summaries") == Path("jobs/eval/summaries.yaml")
     with pytest.raises(ArgumentError, match="did you mean summaries"):
         find_task("sumaries")
+    for odd, problem in (
+        ("a" * 300, "no task file aaa"),
+        ("a\0b", "no task file a"),
+        ("~nouser1/x.yaml", "no user"),
+    ):
+        with pytest.raises(ArgumentError, match=problem):
+            find_task(odd)
+        with pytest.raises(ArgumentError):
+            find_model(odd, root=tmp_path)
+
+
+def test_evaluate_models__held_out_records_of_a_folder__are_refused_before_anything_starts(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    task = Path(__file__).parents[2] / "jobs" / "eval" / "text.yaml"
+    with pytest.raises(
+        JobFileError, match=r"text\.yaml:\d+: data\.held_out: means the records that a run held out"
+    ):
+        evaluate_models([tmp_path], [task], options=EvaluateOptions())
+    with pytest.raises(ArgumentError, match=r"--tasks has .*text\.yaml twice"):
+        evaluate_models([tmp_path], [task, task], options=EvaluateOptions())
 
 
 def score(**changes: Any) -> TaskScore:
@@ -144,7 +165,7 @@ def test_evaluate_models__option_without_effect__is_refused_before_anything_star
     tmp_path: Path, task: str | None, options: dict[str, Any], problem: str
 ) -> None:
     (tmp_path / "config.json").write_text("{}")
-    tasks = [task or Path(__file__).parents[2] / "jobs" / "eval" / "translation.yaml"]
+    tasks = [task or Path(__file__).parents[2] / "jobs" / "eval" / "sections-few-shot.yaml"]
     with pytest.raises(ArgumentError, match=problem):
         evaluate_models([tmp_path], tasks, options=EvaluateOptions(**options))
 

@@ -150,7 +150,17 @@ def test_examples__unusable_records__are_skipped_with_reason(build: Build, recor
 
 @pytest.mark.parametrize(
     "template",
-    ["{{ ''.__class__.__mro__ }}", "{{ 1 / 0 }}", "{% for a in range(10**9) %}x{% endfor %}", "{{ 'a' * 10**11 }}"],
+    [
+        "{{ ''.__class__.__mro__ }}",
+        "{{ 1 / 0 }}",
+        "{% for a in range(10**9) %}x{% endfor %}",
+        "{{ 'a' * 10**11 }}",
+        "{{ 9**99**9**9 }}",  # constants, which Jinja would compute without a limit when it compiles the template
+        "{{ ('a' * 10**10) | length }}",
+        "{{ [1] * 10**9 }}",
+        "{% set n = namespace(x=3) %}{% for i in range(40) %}{% set n.x = n.x * n.x %}{% endfor %}",
+        "{{ lipsum() }}",
+    ],
 )
 def test_examples__hostile_template__is_stopped(build: Build, template: str) -> None:
     text = f'kind: generate\nprompt: "{template}"\ntarget: answer\nmetrics: exact_match\n'
@@ -167,6 +177,10 @@ def test_examples__braces_in_the_data__are_text(build: Build) -> None:
     ("text", "problem"),
     [
         (GENERATE.replace("{{ question }}", "{{ question"), "task.yaml:4: prompt: is not a Jinja template"),
+        (
+            GENERATE.replace("{{ question", "{{ question | random"),
+            "prompt: is not a Jinja template: No filter named",
+        ),
         (GENERATE + "answer: {read: regex, pattern: '('}\n", "task.yaml:9: answer.pattern: is not a regular"),
         (GENERATE + "answer: label\nchoices: options\n", "task.yaml:10: choices: must be a list of labels"),
     ],
