@@ -279,7 +279,8 @@ def test_move__run_in_a_region_without_spot_machines__goes_on_in_another(
 ) -> None:
     west, prices = "us-west-2", {"t2.small": 0.01}
     box.api.spot_prices = {REGION: prices, west: prices}
-    keys = {"instance_types": ["t2.small"], "usd_per_hour": prices, "storage": str(tmp_path / "runs")}
+    store = str(tmp_path / "store")  # another folder than the one to which records are copied
+    keys = {"instance_types": ["t2.small"], "usd_per_hour": prices, "storage": store}
     cluster = cluster_from(write_file(box, tmp_path, regions=[REGION, west], startup_timeout="5m", **keys))
     write_job(tmp_path, steps=100_000, workers="1..2")
     monkeypatch.setenv("FORGE_CACHE", str(tmp_path / "cache"))

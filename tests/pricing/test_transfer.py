@@ -52,6 +52,7 @@ def test_egress__known_places__is_the_published_price(cloud: str, region: str, t
 def test_storage__known_regions__is_the_published_price() -> None:
     assert storage_usd_per_gib_month("aws", "us-east-1") == 0.023
     assert storage_usd_per_gib_month("aws", "eu-central-1", kind="disk") == 0.0952
+    assert storage_usd_per_gib_month("aws", "sa-east-1", kind="disk") == 0.152
     assert storage_usd_per_gib_month("gcp", "us-central1-a", kind="disk") == 0.1
     assert storage_usd_per_gib_month("azure", "eastus2") == 0.0184
     disk = storage_usd_per_gib_month("azure", "eastus", kind="disk")
