@@ -285,12 +285,14 @@ def _count(text: str, *, option: str) -> int:
 
 def _machines(request: SizingRequest) -> tuple[list[list[Machines]], list[str]]:
     """Machines to choose from, and where their prices come from."""
+    from forge.config.section import MAX_WORKERS
     from forge.plan.machines import offered_machines
     from forge.pricing.choose import OfferFilter, find_offers
     from forge.pricing.offers import load_offers
 
-    if request.num_gpus is not None and request.num_gpus < 1:
-        raise typer.BadParameter("must be at least 1", param_hint="--gpus")
+    if request.num_gpus is not None and not 1 <= request.num_gpus <= MAX_WORKERS:
+        problem = "must be at least 1" if request.num_gpus < 1 else f"must be at most {MAX_WORKERS:,}, one a worker"
+        raise typer.BadParameter(problem, param_hint="--gpus")
     table = load_offers(refresh=request.refresh)
     notes = list(table.notes)
     if request.cluster is not None:

@@ -45,9 +45,9 @@ class Limit:
 
     def __str__(self) -> str:
         texts = {
-            "usd": f"{self.amount:,.2f} USD",
+            "usd": f"{self.amount:,.2f} USD" if self.amount >= 0.01 else f"{self.amount:.2g} USD",
             "flops": f"{self.amount:.3g} FLOPs",
-            "hours": f"{self.amount:,.1f} hours",
+            "hours": f"{self.amount:,.1f} hours" if self.amount >= 0.1 else f"{self.amount:.2g} hours",
         }
         return texts[self.kind]
 

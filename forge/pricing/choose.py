@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -14,7 +15,7 @@ from fnmatch import fnmatchcase
 from forge.config.cluster import CloudSpec
 from forge.errors import ArgumentError
 from forge.plan.gpus import find_gpu
-from forge.pricing.catalog import catalog_table, workers_of
+from forge.pricing.catalog import area_of, catalog_table, workers_of
 from forge.pricing.offer import Offer
 
 TYPICAL_MFU = 0.45
@@ -109,9 +110,15 @@ def _of_gpu(offers: Sequence[Offer], *, gpu: str) -> list[Offer]:
         return found
     sold = sorted({offer.gpu for offer in offers})
     short = {name.partition("-")[0].lower(): name for name in sold} | {name.lower(): name for name in sold}
-    near = difflib.get_close_matches(gpu.lower(), short, n=1)
-    hint = f"; did you mean {short[near[0]]}?" if near else "."
+    close = [short[one] for one in difflib.get_close_matches(gpu.lower(), short, n=1)]
+    plain = find_gpu(_letters(gpu))  # H-100 is H100, though nearer to H100-NVL
+    near = plain.name if plain is not None and plain.name in sold else next(iter(close), None)
+    hint = f"; did you mean {near}?" if near else "."
     raise ArgumentError(f"no cloud that forge knows sells the GPU '{gpu}'{hint} Sold are {_listed(sold)}")
+
+
+def _letters(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
 def _in_region(offers: Sequence[Offer], *, region: str, gpu: str | None) -> list[Offer]:
@@ -130,9 +137,9 @@ def _in_region(offers: Sequence[Offer], *, region: str, gpu: str | None) -> list
     near = difflib.get_close_matches(wanted, sold, n=3)
     what = f"'{gpu}' is not sold" if gpu else "nothing is sold"
     hint = f"; did you mean {' or '.join(near)}?" if near else "."
-    areas = ", ".join(catalog_table()["areas"])
+    areas = [area for area in catalog_table()["areas"] if any(area_of(one) == area for one in sold)]
     raise ArgumentError(
-        f"{what} in the region '{region}'{hint} Regions with it are {_listed(sold)}; parts of the world: {areas}"
+        f"{what} in the region '{region}'{hint} Regions with it are {_listed(sold)}, in {', '.join(areas)}"
     )
 
 

@@ -116,6 +116,7 @@ def test_plan__file_of_somebody_else__not_overwritten(folder: Path) -> None:
         (("--gpu", "H100"), "give a job file"),
         (("--gpus", "8"), "give one of"),
         (("--budget", "5", "--gpus", "0"), "at least 1"),
+        (("--hours", "1h", "--gpu", "H100", "--gpus", "99999999"), "at most 16,384"),
         (("--budget", "5", "--inference-tokens", "many"), "is not a number"),
         ((), "give a job file"),
     ],

@@ -77,6 +77,8 @@ def test_find__max_interruption__keeps_known_bands_below_it() -> None:
 @pytest.mark.parametrize(
     ("wanted", "message"),
     [
+        ({"gpu": "H-100"}, "did you mean H100-80GB"),
+        ({"gpu": "B200", "region": "antarctica"}, "Regions with it are us-.*, in us"),
         ({"gpu": "H101"}, "no cloud that forge knows sells the GPU 'H101'; did you mean H100-(80GB|NVL)"),
         ({"gpu": "\x1b[31mx"}, "Sold are A10, "),
         ({"gpu": "H200", "region": "us-eest-1"}, "'H200' is not sold in the region 'us-eest-1'; did you mean us-"),
