@@ -22,6 +22,7 @@ from forge.plan.recovery import BOOT_S
 from forge.pricing.choose import OfferFilter, cluster_offers, matching_offers
 from forge.pricing.offer import Offer
 from forge.pricing.offers import OfferTable
+from forge.units import format_duration
 
 _AS_FAST = 1.01
 """Candidates are equally fast if their hours differ by less than this factor."""
@@ -154,12 +155,12 @@ def choices(bill: Bill) -> tuple[BillChoice, ...]:
     in_time = [one for one in bill.candidates if bill.max_hours is None or one.hours.likely <= bill.max_hours]
     in_budget = [one for one in bill.candidates if bill.max_usd is None or one.usd.likely <= bill.max_usd]
     cheapest = BillChoice(
-        question="cheapest" if bill.max_hours is None else f"cheapest within {bill.max_hours:g} h",
+        question="cheapest" if bill.max_hours is None else f"cheapest within {_hours(bill.max_hours)}",
         candidate=in_time[0] if in_time else None,
         problem=None if in_time else _too_slow(bill),
     )
     fastest = BillChoice(
-        question="fastest" if bill.max_usd is None else f"fastest for at most {bill.max_usd:,.2f} USD",
+        question="fastest" if bill.max_usd is None else f"fastest for at most {_usd(bill.max_usd)}",
         candidate=_fastest(in_budget) if in_budget else None,
         problem=None if in_budget else _too_expensive(bill),
     )
@@ -174,22 +175,29 @@ def _fastest(candidates: Sequence[Candidate]) -> Candidate:
 
 def _too_slow(bill: Bill) -> str:
     best = _fastest(bill.candidates)
-    return (
-        f"no candidate is likely to take at most {bill.max_hours:g} h; the fastest takes {_amounts(best)}: "
-        f"{describe(best)}"
-    )
+    limit = _hours(bill.max_hours or 0.0)
+    return f"no candidate is likely to take at most {limit}; the fastest takes {_amounts(best)}: {describe(best)}"
 
 
 def _too_expensive(bill: Bill) -> str:
     best = bill.candidates[0]
     return (
-        f"no candidate is likely to cost at most {bill.max_usd:,.2f} USD; the cheapest takes {_amounts(best)}: "
+        f"no candidate is likely to cost at most {_usd(bill.max_usd or 0.0)}; the cheapest takes {_amounts(best)}: "
         f"{describe(best)}"
     )
 
 
 def _amounts(one: Candidate) -> str:
-    return f"{one.hours.likely:,.2f} h and {one.usd.likely:,.2f} USD"
+    return f"{_hours(one.hours.likely)} and {_usd(one.usd.likely)}"
+
+
+def _hours(value: float) -> str:
+    text = f"{value:,.2f}".rstrip("0").rstrip(".")
+    return f"{text} h" if value >= 0.1 else format_duration(3600 * value)
+
+
+def _usd(value: float) -> str:
+    return f"{value:,.2f} USD" if value >= 0.01 else f"{value:.2g} USD"
 
 
 def _assumptions(candidates: Sequence[Candidate], *, trace: Interruptions | None) -> list[str]:

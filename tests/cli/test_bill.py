@@ -91,8 +91,8 @@ def test_show_bill__sixty_columns__no_line_of_table_and_plot_is_longer(monkeypat
 def test_show_bill__limits_that_cannot_be_met__says_what_is_possible(monkeypatch: pytest.MonkeyPatch) -> None:
     found = bill(*OFFERS, resources__max_hours=0.001, resources__max_usd=0.001)
     text = " ".join(shown(found, monkeypatch).split())
-    assert "no candidate is likely to take at most 0.001 h; the fastest takes" in text
-    assert "no candidate is likely to cost at most 0.00 USD; the cheapest takes" in text
+    assert "no candidate is likely to take at most 3.6s; the fastest takes" in text
+    assert "no candidate is likely to cost at most 0.001 USD; the cheapest takes" in text
 
 
 def test_show_bill__num_rows__lists_the_cheapest(monkeypatch: pytest.MonkeyPatch) -> None:

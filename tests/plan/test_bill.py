@@ -221,14 +221,14 @@ def test_choices__limits_that_can_be_met__are_met_at_the_least_cost() -> None:
     assert fastest.candidate.usd.likely <= usd
     least = min(one.hours.likely for one in free if one.usd.likely <= usd)
     assert fastest.candidate.hours.likely <= 1.01 * least
-    assert cheapest.question == f"cheapest within {hours:g} h"
+    assert cheapest.question == f"cheapest within {hours:.2f} h"
 
 
 def test_choices__limits_that_cannot_be_met__say_what_is_possible() -> None:
     slow, dear = bill(offer(), resources__max_hours=0.01, resources__max_usd=0.01).choices
     assert slow.candidate is None and dear.candidate is None
     assert slow.problem is not None and dear.problem is not None
-    assert slow.problem.startswith("no candidate is likely to take at most 0.01 h; the fastest takes ")
+    assert slow.problem.startswith("no candidate is likely to take at most 36s; the fastest takes ")
     assert slow.problem.endswith(" x g5.2xlarge (A10G), spot, aws us-east-1")
     assert dear.problem.startswith("no candidate is likely to cost at most 0.01 USD; the cheapest takes ")
 
