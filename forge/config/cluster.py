@@ -50,6 +50,7 @@ _LocalPath = Annotated[str, Field(min_length=1, max_length=4000), AfterValidator
 _RemotePath = Annotated[str, Field(pattern=names.REMOTE_PATH)]
 _Workers = Annotated[RangeFromZero, AfterValidator(_is_count)]
 _Price = Annotated[float, Field(ge=0, le=names.MAX_USD_PER_HOUR)]
+_RentedPrice = Annotated[float, Field(gt=0, le=names.MAX_USD_PER_HOUR)]
 _PriceLimit = Annotated[float, Field(gt=0, le=names.MAX_USD_PER_HOUR)]
 _IdleMinutes = Annotated[float, Field(gt=0, le=10_000)]
 
@@ -210,9 +211,10 @@ class CloudSpec(ClusterSection):
     write a checkpoint and stop when the running machines cost more."""
 
     usd_per_hour: Annotated[
-        dict[str, _Price], BeforeValidator(_read_mapping), WithJsonSchema({"type": "object"})
+        dict[str, _RentedPrice], BeforeValidator(_read_mapping), WithJsonSchema({"type": "object"})
     ] = Field(default_factory=dict)
-    """Prices by machine type in USD per hour; they override the catalogue and the cloud's own."""
+    """Prices by machine type in USD per hour, above 0; they override the catalogue and the cloud's own. Leave out a
+    type whose price is unknown: a price of 0 would make it the cheapest everywhere."""
 
     idle_minutes: _IdleMinutes = 5.0
     """A worker that was idle for this many minutes is released. Ray's `idle_timeout_minutes`."""

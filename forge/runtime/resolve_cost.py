@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from forge.config.cluster import CloudSpec, ClusterSpec, LocalSpec
+from forge.errors import ArgumentError, ClusterError
 from forge.plan.cluster_bill import cluster_cost
 from forge.plan.plan import DraftPlan
 from forge.pricing.budget import read_price
@@ -35,7 +36,10 @@ def with_cost(plan: _PlanT, spec: ClusterSpec | None, *, usd_per_hour: float | N
 def with_own_cost(plan: _PlanT) -> _PlanT:
     """Add what a run costs on this machine, if its environment has a price.
 
-    Raises: ClusterError if that is no price.
+    Raises: ArgumentError if that is no price.
     """
-    price = read_price(os.environ)
+    try:
+        price = read_price(os.environ)
+    except ClusterError as error:  # of this machine's environment, which its user sets
+        raise ArgumentError(str(error)) from None
     return plan if price is None else with_cost(plan, LocalSpec(name="local", provider="local"), usd_per_hour=price)

@@ -226,7 +226,7 @@ def test_plan_instances__limit_without_prices__is_refused() -> None:
         plan_instances(spec, price_of=listed_price(spec))
 
 
-@pytest.mark.parametrize("price", [5e-324, 1e-300, 0.0])
+@pytest.mark.parametrize("price", [5e-324, 1e-300])
 def test_plan_instances__tiny_price__plans_all_workers(price: float) -> None:
     spec = spec_of(instance_types=["g5.xlarge"], usd_per_hour={"g5.xlarge": price}, max_usd_per_hour=50)
     assert plan_instances(spec, price_of=listed_price(spec)).max_workers == 4

@@ -9,7 +9,7 @@ import pytest
 
 from forge.cluster.base import ClusterRecord, write_record
 from forge.cluster.registry import running_spec
-from forge.errors import ClusterError
+from forge.errors import ArgumentError
 from forge.plan.forecast import forecast
 from forge.plan.plan import Plan
 from forge.runtime.resolve_cost import with_cost, with_own_cost
@@ -41,7 +41,7 @@ def test_with_own_cost__machine_with_a_price__is_its_price_for_the_likely_hours(
     assert found.cost.usd.likely == pytest.approx(2.5 * found.worlds[-1].hours.likely)
     assert found.cost.machines == "this machine"
     monkeypatch.setenv("FORGE_USD_PER_HOUR", "cheap")
-    with pytest.raises(ClusterError, match="must be a price"):
+    with pytest.raises(ArgumentError, match="must be a price"):
         with_own_cost(made)
 
 

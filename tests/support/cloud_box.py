@@ -307,7 +307,6 @@ class CloudBox:
             "PYTHONPATH": str(_ROOT),
             "RAY_DEFAULT_OBJECT_STORE_MAX_MEMORY_BYTES": "100000000",
             "AUTOSCALER_UPDATE_INTERVAL_S": "1",
-            "RAY_raylet_start_wait_time_s": "120",  # on a machine that is busy with other tests
         }
         return "\n".join(
             [

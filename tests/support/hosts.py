@@ -216,7 +216,7 @@ class Hosts:
         )
 
     def _neighbour(self, last: int, device: str) -> str:
-        return f"neigh add 10.77.{self._number}.{last} lladdr {self._mac(last)} dev {device} nud permanent"
+        return f"neigh replace 10.77.{self._number}.{last} lladdr {self._mac(last)} dev {device} nud permanent"
 
     def _launch_ray(self, host: int, *arguments: str, cpus: int) -> subprocess.Popen[Any]:
         # Hosts that shared a --temp-dir would race for the names of its sockets.
