@@ -41,6 +41,7 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "ZeRO 3, 2 workers": {"workers": 2, "zero": {"stage": 3}},
     "fp32": {"precision": "fp32"},
     "recomputed": {"activation_checkpointing": True},
+    "selective": {"activation_checkpointing": "selective"},
     "plain loss": {"cross_entropy": "plain"},
     "EMA": {"ema": {"decay": 0.99}},
     "lion": {"optimizer": {"name": "lion", "lr": 1e-4}},

@@ -168,7 +168,8 @@ def _by_laws(run: SizedRun) -> list[tuple[str, ModelScale, float | None]]:
 
 def _engine(run: SizedRun) -> str:
     batch = run.batch
-    recomputed = ", activations recomputed" if run.training.activation_checkpointing else ""
+    chosen = run.training.activation_checkpointing
+    recomputed = f", activations recomputed{' selectively' if chosen == 'selective' else ''}" if chosen else ""
     accumulated = f"micro-batch {batch.micro_batch_size} x {batch.gradient_accumulation_steps}"
     groups = f", hpZ groups of {run.hpz_partition_size}" if run.hpz_partition_size > 1 else ""
     return f"ZeRO {run.training.zero.stage}{groups}, {accumulated}{recomputed}"

@@ -127,6 +127,12 @@ def _read_whole_or_auto(value: Any) -> Any:
     return value
 
 
+def _read_checkpointing(value: Any) -> Any:
+    if value != "selective" and not isinstance(value, bool):
+        raise ValueError("must be true, false or selective")
+    return value
+
+
 def _read_strings(value: Any) -> Any:
     if isinstance(value, str):
         return (value,)
@@ -140,6 +146,12 @@ Count = Annotated[
     int,
     BeforeValidator(units.parse_count),
     WithJsonSchema({"type": ["integer", "string"], "examples": ["20M"]}),
+]
+
+Checkpointing = Annotated[
+    Literal["selective"] | bool,
+    BeforeValidator(_read_checkpointing),
+    WithJsonSchema({"enum": [True, False, "selective"]}),
 ]
 
 WholeOrAuto = Annotated[

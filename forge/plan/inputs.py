@@ -225,6 +225,12 @@ class ModelInfo:
     layer_bytes_per_row: Mapping[str, int] = field(default_factory=dict)
     """Bytes that one row of `seq_len` tokens keeps in the base model with fused attention, by `training.precision`,
     measured on the meta device; empty where the estimate from layers and sizes is used."""
+    product_bytes_per_row: Mapping[str, int] = field(default_factory=dict)
+    """Bytes of the results of its matrix products, likewise: what `activation_checkpointing: selective` keeps."""
+    checkpointing_problem: str | None = None
+    """Why its activations cannot be recomputed (`training.activation_checkpointing`); None if they can."""
+    selective_problem: str | None = None
+    """Why `activation_checkpointing: selective` cannot keep results; None if it can, or that is not known."""
     attention: str | None = None
     """`attn_implementation` of transformers; None if it is chosen by the device (`stores_scores`)."""
     num_attention_heads: int = 0
@@ -238,8 +244,14 @@ class ModelInfo:
 
     def at_length(self, seq_len: int, *, measured_at: int) -> ModelInfo:
         """Return the model with what a row of another length keeps for the backward pass, in proportion."""
-        scaled = {name: size * seq_len // measured_at for name, size in self.layer_bytes_per_row.items()}
-        return replace(self, layer_bytes_per_row=scaled)
+        def scaled(sizes: Mapping[str, int]) -> dict[str, int]:
+            return {name: size * seq_len // measured_at for name, size in sizes.items()}
+
+        return replace(
+            self,
+            layer_bytes_per_row=scaled(self.layer_bytes_per_row),
+            product_bytes_per_row=scaled(self.product_bytes_per_row),
+        )
 
     def stores_scores(self, *, is_on_host: bool, seq_len: int) -> bool:
         """Whether attention is computed as plain products, whose scores are kept for the backward pass."""

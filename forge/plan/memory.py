@@ -266,7 +266,8 @@ def activation_bytes(
     Per layer and token, in units of one activation value of hidden size h and MLP size f: the inputs of both norms,
     of q, k, v, of the attention (q, k, v and its output), of the output projection and of the MLP, about 10·h, and
     the MLP's inner values (gate, up, their product), about 3·f. With activation checkpointing only the layer's
-    input is stored, plus one layer's values while it is recomputed.
+    input is stored, plus one layer's values while it is recomputed. Where it is selective, the results of matrix
+    products (q, k, v, output projection, and three of the MLP) and the output of fused attention are stored too.
     """
     width = 2 if training.precision == "bf16" else 4
     if model.activation_bytes_per_row is not None:
@@ -275,12 +276,34 @@ def activation_bytes(
     layers = micro_batch_size * model.layer_bytes_per_row.get(training.precision, 0)
     if not layers:
         layers = tokens * model.num_layers * (10 * model.hidden_size + 3 * model.intermediate_size) * width
-    if sequence_parallel_size == 1 and model.stores_scores(is_on_host=is_on_host, seq_len=seq_len):
+    is_fused = sequence_parallel_size > 1 or not model.stores_scores(is_on_host=is_on_host, seq_len=seq_len)
+    if not is_fused:
         scores = tokens * seq_len * model.num_attention_heads * model.num_layers
         layers += scores * (4 if width == 4 else 4 + width)
     if training.activation_checkpointing and model.num_layers:
-        layers = tokens * model.num_layers * model.hidden_size * width + layers // model.num_layers
+        inputs = tokens * model.num_layers * model.hidden_size * width
+        if training.activation_checkpointing is True:
+            layers = inputs + layers // model.num_layers
+        else:
+            kept = inputs + _selected_bytes(model, training, rows=micro_batch_size, seq_len=seq_len)
+            kept += tokens * _attention_bytes(model, width=width) if is_fused else 0
+            layers = kept + max(0, layers - kept) // model.num_layers
     return layers // sequence_parallel_size
+
+
+def _selected_bytes(model: ModelInfo, training: TrainingSpec, *, rows: int, seq_len: int) -> int:
+    """Of the results of matrix products, measured, else 2·h + 2·f and the widths of q, k and v of each layer."""
+    measured = model.product_bytes_per_row.get(training.precision)
+    if measured is not None:
+        return rows * measured
+    keys = model.attention_width * model.num_key_value_heads // max(1, model.num_attention_heads)
+    values = 2 * model.hidden_size + 2 * model.intermediate_size + model.attention_width + 2 * keys
+    return rows * seq_len * model.num_layers * values * WEIGHT_BYTES[training.precision]
+
+
+def _attention_bytes(model: ModelInfo, *, width: int) -> int:
+    """Of a token's output of fused attention in all layers, with a sum in fp32 for each head."""
+    return model.num_layers * (model.attention_width * width + 4 * model.num_attention_heads)
 
 
 def logits_bytes(model: ModelInfo, training: TrainingSpec, *, num_tokens: int) -> int:

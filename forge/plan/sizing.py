@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cache, partial
 from typing import Literal
 
+from forge.config.section import Checkpointing
 from forge.config.training import TrainingSpec
 from forge.errors import PlanError
 from forge.plan.batch import BatchPlan, plan_batch
@@ -31,8 +32,11 @@ PATIENCE_HOURS = 14 * 24.0
 _LEAST_FLOPS = 1e6
 _LEAST_SHARE = 1e-4
 """Of the peak of the GPUs, that a run uses."""
-_ENGINES = ((2, False), (3, False), (2, True), (3, True))
-"""ZeRO stage, and whether activations are recomputed; of those that fit, the fastest is taken, at stage 3 with the
+_ENGINES: tuple[tuple[int, Checkpointing], ...] = (
+    *((2, False), (3, False), (2, "selective"), (3, "selective")),
+    *((2, True), (3, True)),
+)
+"""ZeRO stage, and `training.activation_checkpointing`; of those that fit, the fastest is taken, at stage 3 with the
 groups of hpZ that `plan_world_size` chooses."""
 
 
@@ -216,7 +220,7 @@ class _Engine:
 
 
 def _engine(
-    stage: int, recomputes: bool, *, rows: int, shape: LlamaShape, goal: Goal, machines: Machines
+    stage: int, recomputes: Checkpointing, *, rows: int, shape: LlamaShape, goal: Goal, machines: Machines
 ) -> _Engine | None:
     """The settings of a ZeRO stage, with the machine's GPUs as groups of hpZ if that is clearly faster; None if
     they do not fit."""
@@ -272,7 +276,7 @@ def _fitting_engine(
 
 
 @cache
-def _settings(stage: int, *, recomputes: bool, rows: int) -> TrainingSpec:
+def _settings(stage: int, *, recomputes: Checkpointing, rows: int) -> TrainingSpec:
     values = {"total_steps": 1, "global_batch_size": rows, "zero": {"stage": stage}}
     return TrainingSpec.model_validate(values | {"activation_checkpointing": recomputes})
 

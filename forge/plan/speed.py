@@ -42,6 +42,15 @@ def compile_choice(job: JobSpec, *, model: ModelInfo, device: str) -> SpeedChoic
     return SpeedChoice(is_on=False, reason="not measured on a GPU yet; training.compile: on compiles")
 
 
+def require_checkpointing(job: JobSpec, model: ModelInfo) -> None:
+    """Raises: PlanError if the job asks for activation checkpointing that the model cannot do."""
+    wanted, key = job.training.activation_checkpointing, "training.activation_checkpointing"
+    if wanted and model.checkpointing_problem is not None:
+        raise PlanError(f"{model.checkpointing_problem}; use false", job_key=key)
+    if wanted == "selective" and model.selective_problem is not None:
+        raise PlanError(f"{model.selective_problem}; use true, which recomputes it", job_key=key)
+
+
 def require_compilable(job: JobSpec, model: ModelInfo) -> None:
     """Raises: PlanError if the job asks for compiled layers and they cannot be."""
     if job.training.compile == "on" and (problem := _compile_problem(job, model)) is not None:

@@ -92,7 +92,8 @@ def step_work(
         tokens=batch.micro_batch_size * seq_len // degree,
         num_micro_batches=batch.gradient_accumulation_steps,
         matmul_flops=total - attention + forward_flops_beside,
-        recomputed_flops=layers if training.activation_checkpointing else 0.0,
+        recomputed_flops=layers if training.activation_checkpointing is True else 0.0,
+        recomputes=bool(training.activation_checkpointing),
         # A third of forward and backward; half of the pairs under a causal mask.
         attention_flops=attention / 3 / (2 if is_causal else 1),
         hidden_size=model.hidden_size,

@@ -6,7 +6,8 @@ The time of one micro-batch on one GPU is the sum of
 - attention of FlashAttention's kind, which does not store scores: FLOPs (the upper half of a causal mask is not
   computed) ÷ (peak × its own efficiency);
 - operations limited by memory (norms, activation functions, residual sums, the loss): bytes ÷ memory bandwidth.
-With activation checkpointing the layers' forward pass is computed twice. The communication of the ZeRO stage runs
+With activation checkpointing the layers' forward pass is computed twice; where it is selective, only its
+operations limited by memory. The communication of the ZeRO stage runs
 beside it: the longer of the two counts in full and a share of the shorter, because they use the same memory and
 are not overlapped at the first and the last layer. The optimizer reads and writes its state once in a step.
 
@@ -83,6 +84,8 @@ class StepWork:
     """Of a token, forward and backward; recomputation not counted."""
     recomputed_flops: float = 0.0
     """Of a token: the layers' forward products that activation checkpointing repeats."""
+    recomputes: bool = False
+    """Whether activation checkpointing repeats the operations limited by memory, and the exchange of sequences."""
     attention_flops: float
     """Of a token, forward, as computed: half of all pairs under a causal mask."""
     hidden_size: int
@@ -139,10 +142,11 @@ def estimate_step(
     constants = efficiency or Efficiency()
     speed = work.peak_flops / _REFERENCE_FLOPS
     share = _matmul_share(work, speed=speed, constants=constants)
-    passes = 4 if work.recomputed_flops else 3
+    products = 4 if work.recomputed_flops else 3
+    passes = 4 if work.recomputes or work.recomputed_flops else 3
     attention_share = constants.attention * math.pow(speed, -constants.attention_exponent)
     # The backward pass of such attention computes the scores again: 2.5 forward passes.
-    attention_flops = (passes + 0.5) * work.attention_flops
+    attention_flops = (products + 0.5) * work.attention_flops
     traffic = constants.activation_traffic * passes * work.activation_bytes + work.logit_bytes
     matmul_s = work.tokens * (work.matmul_flops + work.recomputed_flops) / (work.peak_flops * share)
     attention_s = work.tokens * attention_flops / (work.peak_flops * attention_share)

@@ -9,4 +9,9 @@ from forge.plan.speed import compile_choice
 def speed_facts(plan: DraftPlan) -> list[tuple[str, str]]:
     """Describe each choice of `forge.plan.speed`."""
     choice = compile_choice(plan.job, model=plan.model, device=plan.hardware.device)
-    return [("compile", f"{'each layer' if choice.is_on else 'nothing'} ({choice.reason})")]
+    facts = []
+    if plan.job.training.activation_checkpointing:
+        is_selective = plan.job.training.activation_checkpointing == "selective"
+        rest = ", but for the results of matrix products and of fused attention" if is_selective else ""
+        facts.append(("activations", f"computed again in the backward pass{rest} (training.activation_checkpointing)"))
+    return [*facts, ("compile", f"{'each layer' if choice.is_on else 'nothing'} ({choice.reason})")]

@@ -28,11 +28,12 @@ from forge.checkpoint.manifest import BaseWeights
 from forge.config.model import ModelSpec
 from forge.config.training import TrainingSpec
 from forge.data.loader import MicroBatch
-from forge.errors import ModelError, RunError
+from forge.errors import RunError
 from forge.model.dropout import SampleDropout, model_has_dropout
 from forge.model.families.base import BuildOptions, DataShape
 from forge.model.families.registry import family_of
 from forge.model.pretrained import some
+from forge.model.selective_checkpoint import enable_checkpointing
 from forge.objective.base import (
     Objective,
     ObjectiveModule,
@@ -359,9 +360,7 @@ def build_engine(
         ),
     )
     if training.activation_checkpointing:
-        if not hasattr(model, "gradient_checkpointing_enable"):
-            raise ModelError("has no gradient_checkpointing_enable() for activation_checkpointing", key="class")
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+        enable_checkpointing(model, is_selective=training.activation_checkpointing == "selective")
     sequence = SequenceParallel.of(model, sequence_parallel_size)
     if training.zero.stage == 3:
         gather_whole_modules(model)

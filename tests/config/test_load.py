@@ -223,7 +223,7 @@ def test_load_job__scalar__is_read_as_yaml_1_2(write: Callable[[str], Path], wri
         (
             "total_steps: 10",
             "total_steps: 10\n  activation_checkpointing: no",
-            "job.yaml:9: training.activation_checkpointing: must be true or false (got no)",
+            "job.yaml:9: training.activation_checkpointing: must be true, false or selective (got no)",
         ),
         (
             "total_steps: 10",

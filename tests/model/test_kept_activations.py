@@ -64,7 +64,7 @@ def test_kept_bytes__on_the_meta_device__are_those_of_a_real_pass(name: str, pre
     config._attn_implementation = "sdpa"
     with torch.device("meta"):
         model = auto_class.from_config(config)
-    found = kept_bytes_per_row(model, seq_len=SEQ_LEN)[precision]
+    found = kept_bytes_per_row(model, seq_len=SEQ_LEN).layers[precision]
     assert (model.config._attn_implementation, model.dtype) == ("sdpa", torch.float32)
     real = auto_class.from_config(config).to(DTYPES[precision]).train()
     assert found == pytest.approx(kept_of_real_pass(real), rel=0.05)
@@ -74,14 +74,14 @@ def test_kept_bytes__router_reads_values__is_not_measured() -> None:
     config = MixtralConfig(vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=1)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    assert kept_bytes_per_row(model, seq_len=SEQ_LEN) == {}
+    assert kept_bytes_per_row(model, seq_len=SEQ_LEN).layers == {}
 
 
 def test_kept_bytes__frozen_body__keeps_less() -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(LLAMA)
-    whole = kept_bytes_per_row(model, seq_len=SEQ_LEN)["bf16"]
+    whole = kept_bytes_per_row(model, seq_len=SEQ_LEN).layers["bf16"]
     for parameter in model.model.layers[0].parameters():
         parameter.requires_grad = False
     model.model.embed_tokens.weight.requires_grad = False
-    assert kept_bytes_per_row(model, seq_len=SEQ_LEN)["bf16"] < 0.7 * whole
+    assert kept_bytes_per_row(model, seq_len=SEQ_LEN).layers["bf16"] < 0.7 * whole

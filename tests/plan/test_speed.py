@@ -42,3 +42,19 @@ def test_make_plan__compile_on_that_cannot_be__refused_by_name(
     with pytest.raises(PlanError, match=reason) as caught:
         make_plan(job, model=tiny_facts(**facts), corpus=UNPREPARED, hardware=CPU)
     assert caught.value.job_key == "training.compile"
+
+
+@pytest.mark.parametrize(
+    ("kind", "facts", "reason"),
+    [
+        (True, {"checkpointing_problem": "Tiny has no gradient_checkpointing_enable()"}, "Tiny has no .*; use false"),
+        ("selective", {"selective_problem": "Tiny changes a result"}, "Tiny changes a result; use true"),
+    ],
+)
+def test_make_plan__activation_checkpointing_that_cannot_be__refused_by_name(
+    kind: bool | str, facts: dict[str, Any], reason: str
+) -> None:
+    job = tiny_job(training__activation_checkpointing=kind)
+    with pytest.raises(PlanError, match=reason) as caught:
+        make_plan(job, model=tiny_facts(**facts), corpus=UNPREPARED, hardware=CPU)
+    assert caught.value.job_key == "training.activation_checkpointing"

@@ -57,6 +57,7 @@ def test_losses__bf16__match_fp32_within_rounding(
     [
         {"training__cross_entropy": "plain"},
         {"training__activation_checkpointing": True},
+        {"training__activation_checkpointing": "selective", "training__zero": {"stage": 3}},
         {"training__micro_batch_size": 1},
     ],
 )

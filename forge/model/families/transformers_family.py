@@ -32,7 +32,7 @@ from forge.model.families.base import BuildOptions, DataShape
 from forge.model.families.count import count_model
 from forge.model.freeze import freeze_parameters
 from forge.model.init import initialise
-from forge.model.kept_activations import kept_bytes_per_row
+from forge.model.kept_activations import KeptBytes, kept_bytes_per_row
 from forge.model.look_ahead import probe_forward
 from forge.model.new_head import folder_model, require_same_labels, require_whole_modules
 from forge.model.peft_weights import require_peft_folder
@@ -40,6 +40,7 @@ from forge.model.position_wise import has_positionwise_head
 from forge.model.pretrained import PretrainedWeights, some
 from forge.model.quantise import num_quantised, quantise, require_bitsandbytes
 from forge.model.router_loss import COEFFICIENTS, has_router_loss, require_routing_by_row, router_losses_of
+from forge.model.selective_checkpoint import checkpointing_problem
 from forge.model.seq2seq import parameters_of_sources
 from forge.model.transformers_config import build_config, check_keys, load_config, read_generation
 from forge.model.weight_files import is_downloaded
@@ -68,7 +69,7 @@ class TransformersFamily:
             notes += ("not checked whether it sees later tokens: no small copy of it can be run",)
         notes += _check_router(spec, model)
         notes += _adapt(spec, data, model, device=None)
-        kept = {} if is_seq2seq else kept_bytes_per_row(model, seq_len=data.seq_len)
+        kept = None if is_seq2seq else kept_bytes_per_row(model, seq_len=data.seq_len)
         info = count_model(
             model, config, data=data, of_sources=parameters_of_sources(config) if is_seq2seq else None
         )
@@ -83,7 +84,10 @@ class TransformersFamily:
         problem = _look_ahead_problem(config, seq_len=data.seq_len) if is_causal and probe.looks_ahead else None
         drops = has_dropout(config)
         attention = "eager" if drops else build_config(spec, data)._attn_implementation
-        info = replace(info, layer_bytes_per_row=kept, attention=attention, has_dropout=drops)
+        if kept is not None:
+            info = _with_kept(info, kept)
+        info = replace(info, attention=attention, has_dropout=drops)
+        info = replace(info, checkpointing_problem=checkpointing_problem(model))
         return replace(info, notes=notes, look_ahead_problem=problem)
 
     def build(self, spec: ModelSpec, data: DataShape, *, options: BuildOptions) -> nn.Module:
@@ -110,6 +114,16 @@ class TransformersFamily:
         model = build_on_meta(build_config(spec, data), auto_class=data.auto_class)
         if spec.lora is not None:
             add_adapters(model, adapter_config(spec.lora, find_targets(model, spec.lora, absent=())))
+
+
+def _with_kept(info: ModelInfo, kept: KeptBytes) -> ModelInfo:
+    problem = f"{info.class_name} changes the result of a matrix product in place, so it cannot be kept"
+    return replace(
+        info,
+        layer_bytes_per_row=kept.layers,
+        product_bytes_per_row=kept.products,
+        selective_problem=problem if kept.changes_products else None,
+    )
 
 
 def _origin(spec: ModelSpec) -> str:

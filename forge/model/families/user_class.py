@@ -43,6 +43,7 @@ from forge.model.init import stream
 from forge.model.isolation import isolation_problem
 from forge.model.look_ahead import looks_ahead
 from forge.model.pretrained import PretrainedWeights, some
+from forge.model.selective_checkpoint import checkpointing_problem
 from forge.plan.inputs import ModelInfo
 from forge.user_code import describe_error, load_class
 
@@ -82,6 +83,7 @@ class UserClassFamily:
             sequence_parallel_problem=f"{type(model).__name__} is a class of the job's own",
             look_ahead_problem=_look_ahead_problem(spec, data, flops=cost["flops"]),
             activation_bytes_per_row=cost["activation_bytes"],
+            checkpointing_problem=checkpointing_problem(model),
         )
 
     def build(self, spec: ModelSpec, data: DataShape, *, options: BuildOptions) -> nn.Module:
