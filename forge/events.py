@@ -337,6 +337,16 @@ class GenerationStarted:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionChosen:
+    """The ranks of a generation agreed on one of several implementations of attention (`training.attention`)."""
+
+    name: str
+    """As transformers' `attn_implementation`."""
+    reason: str
+    """Why none before it in the plan's order."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LayersCompiled:
     """The layers of the model were compiled in the first step of a generation (`training.compile`)."""
 
@@ -682,6 +692,7 @@ Event = (
     | StragglerDetected
     | GenerationStarting
     | GenerationStarted
+    | AttentionChosen
     | LayersCompiled
     | CompileFailed
     | SnapshotIntervalChanged

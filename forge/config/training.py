@@ -32,6 +32,8 @@ from forge.units import Every, Length
 MAX_STEPS = 10**10
 """Limit of a run; more than any run needs, and the positions of its samples still fit into 64 bits."""
 
+AttentionName = Literal["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3"]
+
 _NO_SHARDS_8BIT = (
     "needs zero.stage: 0: its moments are quantised in blocks of 256 elements of a parameter, and the shards of "
     "stages 1 to 3 begin within a block; at these stages lion and adafactor need less memory than adamw"
@@ -241,9 +243,15 @@ class TrainingSpec(Section):
 
     activation_checkpointing: Checkpointing = False
     """`true`: recompute the activations of each layer in the backward pass: about a third more FLOPs, far less
-    memory. `selective`: likewise, but keep the results of matrix products and of fused attention: hardly more FLOPs,
-    and memory between the two. Losses are equal bit for bit. torch's `checkpoint`, of `selective` with
+    memory. `selective`: likewise, but keep the results of matrix products and of fused attention: hardly more
+    FLOPs, and memory between the two. Losses are equal bit for bit. torch's `checkpoint`, of `selective` with
     `create_selective_checkpoint_contexts`."""
+
+    attention: AttentionName = "auto"
+    """How attention is computed; losses agree within rounding. `auto`: on a GPU in bf16 the first of
+    FlashAttention-3, FlashAttention-2 and `sdpa` that is installed and runs on every rank; else `sdpa`, torch's
+    fused attention, or on a CPU up to 512 tokens `eager`, three plain products. A name is refused where it is not
+    possible. Kernels of the Hub are code that forge does not execute. transformers' `attn_implementation`."""
 
     compile: Literal["auto", "on", "off"] = "auto"
     """Compile each layer with `torch.compile`, which joins its small operations into few kernels. `auto`: not yet,

@@ -69,7 +69,7 @@ def kept_bytes_per_row(model: Any, *, seq_len: int) -> KeptBytes:
         model: of transformers, on the meta device; its precision and its attention are as before afterwards.
         seq_len: tokens of the row.
 
-    Returns: empty sizes if the model cannot be run on the meta device, such as one that reads the values of a router.
+    Returns: empty sizes if the model cannot be run on the meta device, such as one that reads values of a router.
     """
     before, dtype, was_training = model.config._attn_implementation, model.dtype, model.training
     try:
@@ -88,11 +88,11 @@ def kept_bytes_per_row(model: Any, *, seq_len: int) -> KeptBytes:
         model.to(dtype).train(was_training)
 
 
-class _Products(TorchDispatchMode):
+class _Products(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes the results of matrix products."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._results: list[tuple[Tensor, int]] = []
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -24,7 +24,10 @@ PRODUCTS = frozenset({"aten::mm", "aten::addmm", "aten::_scaled_mm", "aten::_gro
 """Products with weights, which torch's linear layers call; batched products (`bmm`) are the scores of attention."""
 _ATTENTIONS = frozenset(
     {f"aten::_scaled_dot_product_{kind}_attention" for kind in ("flash", "efficient", "cudnn", "fused")}
-    | {"aten::_scaled_dot_product_flash_attention_for_cpu", "aten::_scaled_dot_product_fused_attention_overrideable"}
+    | {
+        "aten::_scaled_dot_product_flash_attention_for_cpu",
+        "aten::_scaled_dot_product_fused_attention_overrideable",
+    }
     | {"flash_attn::_flash_attn_forward", "flash_attn::_flash_attn_varlen_forward"}
     | {"flash_attn_3::_flash_attn_forward"}
 )
@@ -59,7 +62,7 @@ def checkpointing_problem(model: nn.Module) -> str | None:
 
 def selective_contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
     """Return the contexts of a layer's forward pass and of its recomputation, for torch's `checkpoint`."""
-    keep, replay = create_selective_checkpoint_contexts(_policy)
+    keep, replay = create_selective_checkpoint_contexts(_policy)  # type: ignore[no-untyped-call]
     return keep, _Replay(replay)
 
 
@@ -71,7 +74,7 @@ def _is_kept(operation: Any) -> bool:
     return operation.name() in PRODUCTS or operation.name() in _ATTENTIONS
 
 
-class _Replay(TorchDispatchMode):
+class _Replay(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """torch's context of a recomputation, without its check of all other operations.
 
     torch requires these to be as many as in the forward pass. Under ZeRO 3 they are not: a module gathers its
@@ -79,7 +82,7 @@ class _Replay(TorchDispatchMode):
     """
 
     def __init__(self, replay: Any) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._replay = replay
 
     @classmethod

@@ -232,7 +232,11 @@ class ModelInfo:
     selective_problem: str | None = None
     """Why `activation_checkpointing: selective` cannot keep results; None if it can, or that is not known."""
     attention: str | None = None
-    """`attn_implementation` of transformers; None if it is chosen by the device (`stores_scores`)."""
+    """`attn_implementation` of transformers; None if `training.attention` decides (`stores_scores`)."""
+    sdpa_problem: str | None = None
+    """Why the model cannot use torch's fused attention; None if it can."""
+    flash_problem: str | None = None
+    """Why the model cannot use FlashAttention; None if it can."""
     num_attention_heads: int = 0
     """Of the text model; 0 if unknown."""
     num_key_value_heads: int = 0
@@ -244,6 +248,7 @@ class ModelInfo:
 
     def at_length(self, seq_len: int, *, measured_at: int) -> ModelInfo:
         """Return the model with what a row of another length keeps for the backward pass, in proportion."""
+
         def scaled(sizes: Mapping[str, int]) -> dict[str, int]:
             return {name: size * seq_len // measured_at for name, size in sizes.items()}
 
@@ -253,10 +258,15 @@ class ModelInfo:
             product_bytes_per_row=scaled(self.product_bytes_per_row),
         )
 
-    def stores_scores(self, *, is_on_host: bool, seq_len: int) -> bool:
-        """Whether attention is computed as plain products, whose scores are kept for the backward pass."""
+    def stores_scores(self, *, is_on_host: bool, seq_len: int, wanted: str = "auto") -> bool:
+        """Whether attention is computed as plain products, whose scores are kept for the backward pass.
+
+        Args:
+            wanted: `training.attention`.
+        """
         is_short = is_on_host and seq_len <= PLAIN_ATTENTION_TOKENS
-        return self.attention == "eager" or (self.attention is None and is_short)
+        chosen = self.attention or (None if wanted == "auto" else wanted)
+        return chosen == "eager" or (chosen is None and is_short)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -276,7 +276,9 @@ def activation_bytes(
     layers = micro_batch_size * model.layer_bytes_per_row.get(training.precision, 0)
     if not layers:
         layers = tokens * model.num_layers * (10 * model.hidden_size + 3 * model.intermediate_size) * width
-    is_fused = sequence_parallel_size > 1 or not model.stores_scores(is_on_host=is_on_host, seq_len=seq_len)
+    is_fused = sequence_parallel_size > 1 or not model.stores_scores(
+        is_on_host=is_on_host, seq_len=seq_len, wanted=training.attention
+    )
     if not is_fused:
         scores = tokens * seq_len * model.num_attention_heads * model.num_layers
         layers += scores * (4 if width == 4 else 4 + width)

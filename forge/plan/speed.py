@@ -9,8 +9,15 @@ from dataclasses import dataclass
 
 from forge.config.job import JobSpec
 from forge.errors import PlanError
-from forge.plan.inputs import ModelInfo
+from forge.plan.inputs import PLAIN_ATTENTION_TOKENS, ModelInfo
 
+_FLASH = ("flash_attention_2", "flash_attention_3")
+_OF_MODEL = "model.attn_implementation"
+_MAX_HEAD = 256
+"""Source: https://github.com/Dao-AILab/flash-attention, README, "All head dimensions up to 256"."""
+_JOINED = frozenset({"causal-lm", "chat", "distillation", "dpo", "ipo", "orpo", "reward"})
+"""Objectives that join packed rows into one, in which FlashAttention finds the examples by their lengths
+(`forge.objective.causal_lm.is_flash`)."""
 _DROPOUT = "the masks of dropout are drawn for each sample in Python, which cannot be compiled"
 _QUANTISED = "layers in 4 bits (model.lora.quantize) call bitsandbytes, which cannot be compiled"
 _PARTITIONED = "ZeRO 3 gathers the weights of each module when it is called, which a compiled layer does not do"
@@ -22,6 +29,97 @@ class SpeedChoice:
 
     is_on: bool
     reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionChoice:
+    """How attention may be computed: the first of these that runs on every rank."""
+
+    names: tuple[str, ...]
+    """As transformers' `attn_implementation`; none: the model has attention of its own."""
+    reason: str
+
+
+def attention_choice(
+    job: JobSpec, *, model: ModelInfo, device: str, sequence_parallel_size: int = 1
+) -> AttentionChoice:
+    """Return the candidates of `training.attention`, and why these.
+
+    Args:
+        device: `cpu` or `cuda`.
+        sequence_parallel_size: ranks that share each sequence.
+    """
+    wanted = job.training.attention
+    if job.model.class_reference is not None:
+        return AttentionChoice(names=(), reason=f"{model.class_name} has attention of its own")
+    if model.has_dropout:
+        return AttentionChoice(names=("eager",), reason="dropout is drawn for each sample")
+    if model.sdpa_problem is not None:
+        return AttentionChoice(names=("eager",), reason=model.sdpa_problem)
+    if model.attention is not None:
+        return AttentionChoice(names=(model.attention,), reason=_OF_MODEL)
+    if sequence_parallel_size > 1:
+        return AttentionChoice(names=("sdpa",), reason="ranks share each sequence")
+    if wanted != "auto":
+        return AttentionChoice(names=(wanted,), reason=f"training.attention: {wanted}")
+    if device == "cpu":
+        if job.data.seq_len <= PLAIN_ATTENTION_TOKENS:
+            reason = f"on a CPU faster than sdpa up to {PLAIN_ATTENTION_TOKENS} tokens"
+            return AttentionChoice(names=("eager",), reason=reason)
+        return AttentionChoice(names=("sdpa",), reason="FlashAttention needs a GPU")
+    problem = _flash_problem(job, model, device)
+    if problem is not None:
+        return AttentionChoice(names=("sdpa",), reason=problem)
+    return AttentionChoice(names=(*reversed(_FLASH), "sdpa"), reason="the first that runs on every rank")
+
+
+def require_attention(job: JobSpec, *, model: ModelInfo, device: str) -> None:
+    """Raises: PlanError if the job names an implementation of attention that cannot be."""
+    wanted: str = job.training.attention
+    key = "training.attention"
+    chosen = attention_choice(job, model=model, device=device)
+    if wanted == "auto" and chosen.reason == _OF_MODEL:
+        wanted, key = chosen.names[0], _OF_MODEL
+    if wanted == "auto":
+        return
+    if chosen.names != (wanted,):
+        found = f"so it uses {chosen.names[0]}" if chosen.names else "which this does not change"
+        raise PlanError(f"is {wanted}, but {_because(chosen.reason)}, {found}; use auto", job_key=key)
+    if wanted not in _FLASH:
+        return
+    problem = _flash_problem(job, model, device)
+    if problem is not None:
+        raise PlanError(f"{problem}; use auto or sdpa", job_key=key)
+    if job.training.sequence_parallel not in ("auto", 1):
+        size = job.training.sequence_parallel
+        problem = f"{wanted} is not used where ranks share each sequence (training.sequence_parallel: {size})"
+        raise PlanError(f"{problem}; use auto or sdpa", job_key=key)
+
+
+def _because(reason: str) -> str:
+    return f"the job gives {reason}" if reason == _OF_MODEL else reason
+
+
+def _flash_problem(job: JobSpec, model: ModelInfo, device: str) -> str | None:
+    """Why FlashAttention cannot be used; None if that is known on the GPUs only."""
+    training, lora = job.training, job.model.lora
+    if device != "cuda":
+        return "FlashAttention needs a GPU"
+    if training.precision != "bf16":
+        return f"FlashAttention computes in 16 bits, and training.precision is {training.precision}"
+    if model.flash_problem is not None:
+        return model.flash_problem
+    if lora is not None and lora.dropout:
+        return "model.lora.dropout is drawn for each row, and FlashAttention joins the rows of a batch"
+    if job.data.packing == "examples" and training.objective not in _JOINED:
+        return f"packed examples of the objective {training.objective} are kept apart by masks"
+    size = head_size(model)
+    return None if size <= _MAX_HEAD else f"FlashAttention has heads of up to {_MAX_HEAD}, and these are of {size}"
+
+
+def head_size(model: ModelInfo) -> int:
+    """Return the width of an attention head."""
+    return model.attention_width // max(1, model.num_attention_heads)
 
 
 def compile_choice(job: JobSpec, *, model: ModelInfo, device: str) -> SpeedChoice:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from forge.plan.plan import DraftPlan
-from forge.plan.speed import compile_choice
+from forge.plan.speed import attention_choice, compile_choice
 
 
 def speed_facts(plan: DraftPlan) -> list[tuple[str, str]]:
@@ -13,5 +13,9 @@ def speed_facts(plan: DraftPlan) -> list[tuple[str, str]]:
     if plan.job.training.activation_checkpointing:
         is_selective = plan.job.training.activation_checkpointing == "selective"
         rest = ", but for the results of matrix products and of fused attention" if is_selective else ""
-        facts.append(("activations", f"computed again in the backward pass{rest} (training.activation_checkpointing)"))
+        facts.append(
+            ("activations", f"computed again in the backward pass{rest} (training.activation_checkpointing)")
+        )
+    attention = attention_choice(plan.job, model=plan.model, device=plan.hardware.device)
+    facts.append(("attention", f"{' or '.join(attention.names) or 'the class'} ({attention.reason})"))
     return [*facts, ("compile", f"{'each layer' if choice.is_on else 'nothing'} ({choice.reason})")]

@@ -66,8 +66,8 @@ class EventDescriber:
                 return self._after_reason(describe_start(event))
             case "GenerationStarted":
                 self._members = {rank["node"] for rank in event.get("ranks", ())}
-            case "LayersCompiled" | "CompileFailed":
-                return _compile_text(event)
+            case "AttentionChosen" | "LayersCompiled" | "CompileFailed":
+                return _speed_text(event)
             case "SnapshotIntervalChanged":
                 every = "every step" if event["every"] == 1 else f"every {event['every']} steps"
                 cost = f"{format_duration(event['seconds'])} each, {event['share']:.1%} of the time"
@@ -103,7 +103,9 @@ def _early_stop_text(event: Mapping[str, Any]) -> str:
     return f"stopped early at step {event['step']}: {event['metric']} is no longer {since}"
 
 
-def _compile_text(event: Mapping[str, Any]) -> str:
+def _speed_text(event: Mapping[str, Any]) -> str:
+    if event["event"] == "AttentionChosen":
+        return f"attention: {event['name']} ({event['reason']})"
     if event["event"] == "CompileFailed":
         return f"layers run uncompiled (training.compile): {event['reason']}"
     layers = f"{event['num_layers']} layers compiled in {format_duration(event['seconds'])}"

@@ -335,6 +335,7 @@ def build_engine(
     skip_init: bool = False,
     pins_base: bool = False,
     sequence_parallel_size: int = 1,
+    attention: str | None = None,
 ) -> Engine:
     """Build the model, its loss and its optimizer, and pass them to DeepSpeed; collective.
 
@@ -346,6 +347,7 @@ def build_engine(
         pins_base: checkpoints name the pretrained weights even if they do not refer to any, since the objective
             compares with them.
         sequence_parallel_size: ranks that share each sequence.
+        attention: transformers' `attn_implementation`; None: by device and length.
     """
     family = family_of(model_spec)
     model = family.build(
@@ -357,6 +359,7 @@ def build_engine(
             seed=training.seed,
             skip_init=skip_init,
             sharding=sharding_of(deepspeed_config) if training.zero.stage == 3 else None,
+            attention=attention,
         ),
     )
     if training.activation_checkpointing:

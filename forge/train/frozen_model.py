@@ -14,18 +14,27 @@ from forge.model.families.registry import family_of
 
 
 def build_frozen(
-    spec: ModelSpec, data: DataShape, *, dtype: torch.dtype, device: torch.device, seed: int
+    spec: ModelSpec,
+    data: DataShape,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    seed: int,
+    attention: str | None = None,
 ) -> nn.Module:
     """Build the model of `from_pretrained` as it is before training, without adapters, and read its weights.
 
     Args:
         seed: of weights that the folder lacks.
+        attention: as in `BuildOptions`.
 
     Raises: CheckpointError if the weights cannot be read; ModelError, PlanError.
     """
     spec = spec.model_copy(update={"lora": None, "freeze": ()})
     family = family_of(spec)
-    model = family.build(spec, data, options=BuildOptions(dtype=dtype, device=device, seed=seed))
+    model = family.build(
+        spec, data, options=BuildOptions(dtype=dtype, device=device, seed=seed, attention=attention)
+    )
     weights = family.open_pretrained(spec, data)
     try:
         for name, parameter in model.named_parameters():

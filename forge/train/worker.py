@@ -37,8 +37,9 @@ from forge.plan.checkpoint_interval import CheckpointRisk, planned_every, planne
 from forge.plan.curve import run_digest
 from forge.plan.inputs import InitInfo
 from forge.plan.plan import Plan
-from forge.plan.speed import compile_choice
+from forge.plan.speed import attention_choice, compile_choice, head_size
 from forge.train.async_checkpoint import AsyncCheckpointer
+from forge.train.attention import agree_on_attention
 from forge.train.checkpoint_interval import CheckpointInterval
 from forge.train.cuda import create_context, device_name
 from forge.train.engine import DTYPES, Engine, build_engine
@@ -126,7 +127,8 @@ def run_worker(
     join_process_group(device=device, rendezvous=context.rendezvous)
     clock.lap("rendezvous")
     state_source = elastic.state_source if elastic else None
-    engine = _build(plan, context, device=device, skip_init=state_source is not None)
+    attention = _attention(plan, context, device=device, reporter=reporter)
+    engine = _build(plan, context, device=device, skip_init=state_source is not None, attention=attention)
     compiler = _compile_layers(engine, plan, context, reporter=reporter, on_progress=clock.on_lap)
     clock.lap("build")
     start = _load(engine, plan, context, state_source=state_source, reporter=reporter)
@@ -227,7 +229,17 @@ def _with_device(report: Callable[[float, str], None], device: torch.device) -> 
     return lambda seconds: report(seconds, name)
 
 
-def _build(plan: Plan, context: WorkerContext, *, device: torch.device, skip_init: bool) -> Engine:
+def _attention(plan: Plan, context: WorkerContext, *, device: torch.device, reporter: Reporter) -> str | None:
+    """Choose how attention is computed; collective. Raises: RunError."""
+    world = plan.for_world_size(context.world_size)
+    degree = world.batch.sequence_parallel_size
+    choice = attention_choice(plan.job, model=plan.model, device=device.type, sequence_parallel_size=degree)
+    return agree_on_attention(choice, head_size=head_size(plan.model), device=device, reporter=reporter)
+
+
+def _build(
+    plan: Plan, context: WorkerContext, *, device: torch.device, skip_init: bool, attention: str | None
+) -> Engine:
     """Build the engine for one world size; collective."""
     for init in (plan.init, plan.adapters_init):
         if init is not None and not skip_init:
@@ -239,7 +251,10 @@ def _build(plan: Plan, context: WorkerContext, *, device: torch.device, skip_ini
         deepspeed_config=world.deepspeed,
         sequence_parallel_size=world.batch.sequence_parallel_size,
         data=DataShape.of(plan),
-        objective=build_objective(plan.job.training.objective, context=_objective_context(plan, device=device)),
+        objective=build_objective(
+            plan.job.training.objective, context=_objective_context(plan, device=device, attention=attention)
+        ),
+        attention=attention,
         device=device,
         skip_init=skip_init,
         has_linear_head=plan.model.has_linear_head,
@@ -270,7 +285,7 @@ def _compile_layers(
     return compiler
 
 
-def _objective_context(plan: Plan, *, device: torch.device) -> ObjectiveContext:
+def _objective_context(plan: Plan, *, device: torch.device, attention: str | None) -> ObjectiveContext:
     job, training, data = plan.job, plan.job.training, DataShape.of(plan)
     build: dict[str, Any] = {"dtype": DTYPES[training.precision], "device": device}
     return ObjectiveContext(
@@ -281,7 +296,9 @@ def _objective_context(plan: Plan, *, device: torch.device) -> ObjectiveContext:
         labels=plan.corpus.labels,
         vocab_size=plan.corpus.vocab_size,
         teacher=build_teacher(training.distillation, data, **build) if job.holds_teacher else None,
-        reference=build_frozen(job.model, data, seed=training.seed, **build) if job.holds_reference else None,
+        reference=build_frozen(job.model, data, seed=training.seed, attention=attention, **build)
+        if job.holds_reference
+        else None,
     )
 
 

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from forge.errors import PlanError
+from forge.plan.inputs import HardwareInfo
 from forge.plan.plan import make_plan
-from forge.plan.speed import compile_choice
+from forge.plan.speed import attention_choice, compile_choice
 from tests.support.jobs import CPU, UNPREPARED, tiny_facts, tiny_job
 
 
@@ -47,7 +48,11 @@ def test_make_plan__compile_on_that_cannot_be__refused_by_name(
 @pytest.mark.parametrize(
     ("kind", "facts", "reason"),
     [
-        (True, {"checkpointing_problem": "Tiny has no gradient_checkpointing_enable()"}, "Tiny has no .*; use false"),
+        (
+            True,
+            {"checkpointing_problem": "Tiny has no gradient_checkpointing_enable()"},
+            "Tiny has no .*; use false",
+        ),
         ("selective", {"selective_problem": "Tiny changes a result"}, "Tiny changes a result; use true"),
     ],
 )
@@ -58,3 +63,78 @@ def test_make_plan__activation_checkpointing_that_cannot_be__refused_by_name(
     with pytest.raises(PlanError, match=reason) as caught:
         make_plan(job, model=tiny_facts(**facts), corpus=UNPREPARED, hardware=CPU)
     assert caught.value.job_key == "training.activation_checkpointing"
+
+
+BOTH = ("flash_attention_3", "flash_attention_2", "sdpa")
+
+
+@pytest.mark.parametrize(
+    ("changes", "device", "facts", "names", "reason"),
+    [
+        ({}, "cuda", {}, BOTH, "runs on every rank"),
+        ({}, "cpu", {}, ("eager",), "up to 512 tokens"),
+        ({"data__seq_len": 1024}, "cpu", {}, ("sdpa",), "needs a GPU"),
+        ({"training__precision": "fp32"}, "cuda", {}, ("sdpa",), "training.precision is fp32"),
+        ({}, "cuda", {"flash_problem": "Tiny does not support it"}, ("sdpa",), "Tiny does not"),
+        ({}, "cuda", {"attention_width": 1024, "num_attention_heads": 2}, ("sdpa",), "and these are of 512"),
+        ({}, "cuda", {"has_dropout": True}, ("eager",), "dropout"),
+        ({}, "cuda", {"sdpa_problem": "Tiny has no sdpa"}, ("eager",), "Tiny has no sdpa"),
+        ({}, "cuda", {"attention": "flex_attention"}, ("flex_attention",), "model.attn_implementation"),
+        ({"training__attention": "eager"}, "cuda", {}, ("eager",), "training.attention: eager"),
+    ],
+)
+def test_attention_choice__job_model_and_device__candidates_with_reason(
+    changes: dict[str, Any], device: str, facts: dict[str, Any], names: tuple[str, ...], reason: str
+) -> None:
+    facts = {"num_attention_heads": 2} | facts
+    choice = attention_choice(tiny_job(**changes), model=tiny_facts(**facts), device=device)
+    assert choice.names == names
+    assert reason in choice.reason
+
+
+def test_attention_choice__ranks_share_sequences__sdpa() -> None:
+    choice = attention_choice(tiny_job(), model=tiny_facts(), device="cuda", sequence_parallel_size=2)
+    assert choice.names == ("sdpa",)
+
+
+@pytest.mark.parametrize(
+    ("changes", "device", "facts", "reason"),
+    [
+        ({}, "cpu", {}, "FlashAttention needs a GPU"),
+        ({"training__precision": "fp32"}, "cuda", {}, "training.precision is fp32"),
+        ({}, "cuda", {"flash_problem": "Tiny does not support it"}, "Tiny does not"),
+        ({"training__sequence_parallel": 2}, "cuda", {}, "where ranks share each sequence"),
+        ({}, "cuda", {"has_dropout": True}, "dropout is drawn for each sample, so it uses eager"),
+        ({}, "cuda", {"attention": "sdpa"}, "the job gives model.attn_implementation, so it uses sdpa"),
+    ],
+)
+def test_make_plan__flash_attention_that_cannot_be__refused_by_name(
+    changes: dict[str, Any], device: Any, facts: dict[str, Any], reason: str
+) -> None:
+    job = tiny_job(training__attention="flash_attention_2", **changes)
+    facts = {"num_attention_heads": 2, "num_key_value_heads": 2} | facts
+    hardware = HardwareInfo(device=device, name="test", memory_bytes=None, peak_flops=None)
+    with pytest.raises(PlanError, match=reason) as caught:
+        make_plan(job, model=tiny_facts(**facts), corpus=UNPREPARED, hardware=hardware)
+    assert caught.value.job_key == "training.attention"
+
+
+def test_make_plan__flash_attention_of_the_model_on_a_cpu__refused_with_its_key() -> None:
+    with pytest.raises(PlanError, match="needs a GPU") as caught:
+        make_plan(tiny_job(), model=tiny_facts(attention="flash_attention_2"), corpus=UNPREPARED, hardware=CPU)
+    assert caught.value.job_key == "model.attn_implementation"
+
+
+@pytest.mark.parametrize(("wanted", "more"), [("eager", True), ("sdpa", False)])
+def test_make_plan__attention__memory_counts_its_scores(wanted: str, more: bool) -> None:
+    plans = [
+        make_plan(
+            tiny_job(training__attention=name, training__micro_batch_size=2),
+            model=tiny_facts(num_attention_heads=2),
+            corpus=UNPREPARED,
+            hardware=HardwareInfo(device="cuda", name="test", memory_bytes=None, peak_flops=None),
+        )
+        for name in ("auto", wanted)
+    ]
+    auto, found = (plan.worlds[0].memory.activations_bytes for plan in plans)
+    assert (found > auto) is more

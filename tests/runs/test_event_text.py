@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from forge.events import (
+    AttentionChosen,
     CheckpointIntervalChanged,
     CompileFailed,
     DeadlineForecast,
@@ -202,6 +203,10 @@ def test_describe__idle_node_left__has_its_own_line() -> None:
         (
             GenerationStarting(generation=1, world_size=3, from_step=0, source="storage"),
             "starting generation 1 with 3 workers",
+        ),
+        (
+            AttentionChosen(name="sdpa", reason="not flash_attention_2: the package flash-attn is not installed"),
+            "attention: sdpa (not flash_attention_2: the package flash-attn is not installed)",
         ),
         (
             LayersCompiled(num_layers=12, num_graphs=2, num_from_cache=1, seconds=8.0),

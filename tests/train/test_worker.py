@@ -57,7 +57,6 @@ def test_losses__bf16__match_fp32_within_rounding(
     [
         {"training__cross_entropy": "plain"},
         {"training__activation_checkpointing": True},
-        {"training__activation_checkpointing": "selective", "training__zero": {"stage": 3}},
         {"training__micro_batch_size": 1},
     ],
 )
@@ -66,6 +65,20 @@ def test_losses__memory_options__are_equal(
 ) -> None:
     found = run_ranks(tiny_plan(corpus, training__precision="fp32", **changes), tmp_path, world_size=2)
     assert found.losses == pytest.approx(reference.losses, rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
+def test_losses__activation_checkpointing__bit_for_bit(corpus: CorpusInfo, tmp_path: Path, stage: int) -> None:
+    found = [
+        run_ranks(
+            tiny_plan(corpus, training__activation_checkpointing=kind, training__zero={"stage": stage}),
+            tmp_path / str(kind),
+            world_size=2,
+        )
+        for kind in (False, True, "selective")
+    ]
+    assert found[1].losses == found[2].losses == found[0].losses
 
 
 @pytest.mark.parametrize("precision", ["bf16", pytest.param("fp32", marks=pytest.mark.slow)])

@@ -79,6 +79,8 @@ class BuildOptions:
     """Do not initialise the weights, because all of them are loaded afterwards."""
     sharding: Sharding | None = None
     """Under ZeRO 3."""
+    attention: str | None = None
+    """transformers' `attn_implementation`; None: by device and length. The model's own keys come first."""
 
 
 class ModelFamily(Protocol):

@@ -83,11 +83,17 @@ class TransformersFamily:
             info = replace(info, has_positionwise_head=is_positionwise)
         problem = _look_ahead_problem(config, seq_len=data.seq_len) if is_causal and probe.looks_ahead else None
         drops = has_dropout(config)
-        attention = "eager" if drops else build_config(spec, data)._attn_implementation
+        sdpa_problem = None if model._supports_sdpa else f"{info.class_name} of transformers does not support sdpa"
+        attention = "eager" if drops or sdpa_problem else build_config(spec, data)._attn_implementation
         if kept is not None:
             info = _with_kept(info, kept)
         info = replace(info, attention=attention, has_dropout=drops)
-        info = replace(info, checkpointing_problem=checkpointing_problem(model))
+        info = replace(
+            info,
+            checkpointing_problem=checkpointing_problem(model),
+            sdpa_problem=sdpa_problem,
+            flash_problem=_flash_problem(model),
+        )
         return replace(info, notes=notes, look_ahead_problem=problem)
 
     def build(self, spec: ModelSpec, data: DataShape, *, options: BuildOptions) -> nn.Module:
@@ -114,6 +120,17 @@ class TransformersFamily:
         model = build_on_meta(build_config(spec, data), auto_class=data.auto_class)
         if spec.lora is not None:
             add_adapters(model, adapter_config(spec.lora, find_targets(model, spec.lora, absent=())))
+
+
+def _flash_problem(model: Any) -> str | None:
+    """Why a class of transformers cannot use the packages flash-attn and flash-attn-3."""
+    name = type(model).__name__
+    if not model._supports_flash_attn:
+        return f"{name} of transformers does not support FlashAttention"
+    kernels = getattr(model, "_compatible_flash_implementations", None)
+    if kernels is not None and not any(str(kernel).startswith("flash_attention") for kernel in kernels):
+        return f"{name} of transformers has FlashAttention with kernels of the Hub only: {', '.join(kernels)}"
+    return None
 
 
 def _with_kept(info: ModelInfo, kept: KeptBytes) -> ModelInfo:
@@ -183,8 +200,10 @@ def build_from_config(config: PretrainedConfig, *, options: BuildOptions, data: 
     """Build a model whose weights have no values yet."""
     is_short = options.device.type == "cpu" and data.seq_len <= PLAIN_ATTENTION_TOKENS
     # Fused attention draws its dropout from a stream of its own, which a seed per sample cannot reach.
-    if has_dropout(config) or (is_short and config._attn_implementation is None):
+    if has_dropout(config):
         config._attn_implementation = "eager"
+    elif config._attn_implementation is None:
+        config._attn_implementation = options.attention or ("eager" if is_short else None)
     sharding = options.sharding
     with no_init_weights(), limited_modules(), sharding.construct() if sharding else nullcontext():
         return cast(
