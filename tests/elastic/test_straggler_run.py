@@ -24,7 +24,7 @@ def slowed(run: Run, rank: int) -> Iterator[None]:
     """Run `forge chaos slow` on a rank."""
     command = [sys.executable, "-m", "forge.cli.app", "chaos", "slow", str(run.folder), "--rank", str(rank)]
     process = subprocess.Popen(
-        [*command, "--factor", "5", "--seconds", "600"], cwd=run.cluster.home, env=os.environ
+        [*command, "--factor", "10", "--seconds", "600"], cwd=run.cluster.home, env=os.environ
     )
     try:
         yield

@@ -185,7 +185,9 @@ class Run:
 
 def start_run(cluster: Machines, *arguments: str) -> Run:
     """Run `forge train job.yaml --detach`."""
-    done = run_forge("train", "job.yaml", "--detach", *arguments, cwd=cluster.home, env=dict(os.environ))
+    done = run_forge(
+        "train", "job.yaml", "--detach", *arguments, cwd=cluster.home, env=dict(os.environ), timeout_s=400
+    )
     assert done.returncode == 0, done.stderr
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("run ")]
     folder = cluster.home / line.rpartition(" in ")[2]
