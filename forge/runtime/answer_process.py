@@ -23,7 +23,7 @@ from forge.errors import ArgumentError, DataError, ForgeError
 from forge.foreign import parse_json
 from forge.fs import write_atomic
 from forge.inference.answer import AnswerConfig, Answerer, check_record
-from forge.process import one_line, take_stdout
+from forge.process import die_with_parent, one_line, take_stdout
 from forge.runtime.forwarded_warnings import forward_warnings
 from forge.runtime.shard_files import ShardFiles
 
@@ -110,16 +110,18 @@ def _answer_file(answerer: Answerer, *, source: Path, output: Path, show: Any) -
     files = ShardFiles(
         folder=shard_folder(output), digest=digest_of(answerer.config, weights=answerer.loaded.digest)
     )
-    files.prepare()
-    for shard in read_shards(source):
-        key = files.key(shard)
-        if files.read(key) is None:
-            files.write(key, _answers(answerer, shard, before=done, source=source))
-        else:
-            reused += len(shard)
-        done += len(shard)
-        show(done, total)
-    join_shards(files, shards=read_shards(source), output=output)
+    with files.locked():
+        require_new(output)  # another process may have written it meanwhile
+        files.prepare()
+        for shard in read_shards(source):
+            key = files.key(shard)
+            if files.read(key) is None:
+                files.write(key, _answers(answerer, shard, before=done, source=source))
+            else:
+                reused += len(shard)
+            done += len(shard)
+            show(done, total)
+        join_shards(files, shards=read_shards(source), output=output)
     return {"num_answers": total, "num_reused": reused, "output": str(output)}
 
 
@@ -146,8 +148,9 @@ def main() -> None:
 
     forward_warnings(lambda text: write({"message": text}))
 
+    request = json.load(sys.stdin)
+    die_with_parent(request["parent"])
     try:
-        request = json.load(sys.stdin)
         if "output" in request:
             require_new(Path(request["output"]))
             count_records(Path(request["input"]))

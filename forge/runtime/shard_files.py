@@ -7,19 +7,22 @@ the result as JSON. Name and bytes depend on inputs and result alone, not on wor
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from forge.errors import RunError
+from forge.errors import ArgumentError, RunError
 from forge.foreign import parse_json, parse_object, read_file
 from forge.fs import write_atomic
 
 _MAX_BYTES = 256 * 2**20
+_LOCK = ".lock"
 _TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.jsonl\..*\.tmp")
 
 
@@ -30,6 +33,26 @@ class ShardFiles:
     folder: Path
     digest: str
     """Of everything but a shard's inputs that results depend on: model, task, versions."""
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes from computing these results. The lock ends with this process, however it ends.
+
+        Raises: ArgumentError if another process has it; RunError if the folder cannot be written.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            handle = os.open(self.folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        except OSError as error:
+            raise RunError(f"cannot store results in {self.folder}: {error.strerror}") from error
+        with os.fdopen(handle):
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ArgumentError(
+                    f"another process computes the results in {self.folder}; wait for it, or end it"
+                ) from None
+            yield
 
     def prepare(self) -> None:
         """Create the folder, and remove what a killed writer has left. Raises: RunError."""

@@ -7,7 +7,6 @@ SIGTERM, or the end of the client, stops it; finished shards are stored by then.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import signal
@@ -16,13 +15,12 @@ import threading
 import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 from forge.code_archive import TRUST
 from forge.environment import adopt_environment
-from forge.errors import ArgumentError, ForgeError, RunError
-from forge.process import die_with_parent, first_line, open_log, take_stdout
+from forge.errors import ForgeError, RunError
+from forge.process import die_with_parent, first_line, take_stdout
 from forge.redact import redact_output
 from forge.runs.secrets import credentials
 from forge.runtime.ray_connection import connect, prepare_connection
@@ -98,22 +96,35 @@ class ShardProcess:
 
         Raises: what `ShardMap.run` raises; ArgumentError if another process computes the same; RunError if stopped.
         """
-        files.prepare()
-        lock = _lock(files.folder)
-        if all(files.read(files.key(inputs)) is not None for inputs in shards()):  # no cluster is needed
-            os.close(lock)
-            self.progress(total, total)
-            return MapTotals(num_shards=total, num_reused=total)
-        self.take_signals()
-        if elsewhere is not None:
-            try:
-                return elsewhere(
-                    shards(), spec=spec, files=files, num_workers=num_workers, stop=self._stop, process=self
-                )
-            except StoppedError as error:
-                raise RunError(f"stopped: {error}; start it again to go on") from None
-            finally:
-                os.close(lock)
+        with files.locked():
+            files.prepare()
+            if all(files.read(files.key(inputs)) is not None for inputs in shards()):  # no cluster is needed
+                self.progress(total, total)
+                return MapTotals(num_shards=total, num_reused=total)
+            self.take_signals()
+            if elsewhere is not None:
+                try:
+                    return elsewhere(
+                        shards(), spec=spec, files=files, num_workers=num_workers, stop=self._stop, process=self
+                    )
+                except StoppedError as error:
+                    raise RunError(f"stopped: {error}; start it again to go on") from None
+            return self._map_on_ray(
+                shards, spec=spec, files=files, total=total, num_workers=num_workers, address=address,
+                resource=resource,
+            )  # fmt: skip
+
+    def _map_on_ray(
+        self,
+        shards: Callable[[], Iterable[Any]],
+        *,
+        spec: ShardWorkerSpec,
+        files: ShardFiles,
+        total: int,
+        num_workers: int | None,
+        address: str | None,
+        resource: str,
+    ) -> MapTotals:
         prepare_connection(address)
         import ray
 
@@ -145,7 +156,6 @@ class ShardProcess:
             raise RunError(f"stopped with {stored} stored; start it again to go on") from None
         finally:
             ray.shutdown()
-            os.close(lock)
 
     def take_signals(self) -> None:
         """Stop at SIGTERM."""
@@ -184,14 +194,3 @@ def answer_request(handle: Callable[[dict[str, Any], ShardProcess], Any]) -> Non
         line = {"error": {"class": "RunError", "message": f"{type(error).__name__}: {first_line(error)}"}}
     with stdout:
         json.dump(line, stdout)
-
-
-def _lock(folder: Path) -> int:
-    """Lock a folder of results; the lock ends with this process. Raises: ArgumentError if another one has it."""
-    handle = open_log(folder.parent / f".{folder.name}.lock")
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(handle)
-        raise ArgumentError(f"another process computes the results in {folder}; wait for it, or end it") from None
-    return handle

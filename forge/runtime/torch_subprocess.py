@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -24,6 +25,7 @@ from forge.cluster.local.ray_process import session_members
 from forge.cluster.registry import find_cluster
 from forge.code_archive import require_trusted
 from forge.errors import RunError
+from forge.process import ending
 from forge.runs.reader import error_named, read_plan
 
 _ANSWERS, _NO_ANSWER = "forge.runtime.answer_process", "the model cannot answer"
@@ -31,6 +33,11 @@ _ANSWERS, _NO_ANSWER = "forge.runtime.answer_process", "the model cannot answer"
 OnBytes = Callable[[int, int], None]
 """Called with the bytes, or whatever is counted, that are done and those in all."""
 _STOP_S = 20.0
+_WHY: dict[int, str] = {
+    signal.SIGKILL: ", as the kernel does when memory is used up; give it more, or a smaller model",
+    signal.SIGPROF: ": a template took more than 10 s of CPU time",
+}
+"""What the signal that ended a process most likely means."""
 
 
 def answer_prompts(
@@ -50,7 +57,7 @@ def answer_prompts(
     """
     _require_trusted(config)
     began = time.monotonic()
-    request = {"config": dict(config), "records": list(records)}
+    request = {"config": dict(config), "records": list(records), "parent": os.getpid()}
     answer = _run(_ANSWERS, request=request, what=_NO_ANSWER, on_message=on_message)
     return answer | {"load_s": time.monotonic() - began - answer.get("answer_s", 0.0)}
 
@@ -92,6 +99,7 @@ def answer_file(
             on_progress=on_progress,
             on_message=on_message,
         )
+    request["parent"] = os.getpid()
     return _run(_ANSWERS, request=request, what=_NO_ANSWER, on_progress=on_progress, on_message=on_message)
 
 
@@ -196,14 +204,21 @@ def _run(
     try:
         answer = json.loads(last)
     except ValueError:
-        lines = stderr.strip().splitlines() or [f"exit status {code}"]
-        raise RunError(f"{what}: {lines[-1]}") from None
+        answer = {}
     if "error" in answer:
         raise error_named(answer["error"]["class"], message=answer["error"]["message"])
     if "answer" not in answer:
-        raise RunError(f"{what}: the process ended with exit status {code}")
+        raise RunError(f"{what}: {_why_ended(code, stderr=stderr)}")
     found: dict[str, Any] = answer["answer"]
     return found
+
+
+def _why_ended(code: int, *, stderr: str) -> str:
+    """Why a process has ended without an answer: by a signal, or with its last words."""
+    if code < 0:
+        return f"its process was ended by {ending(code)}{_WHY.get(-code, '')}"
+    lines = stderr.strip().splitlines()
+    return lines[-1] if lines else f"its process ended with {ending(code)}"
 
 
 def _stop(driver: subprocess.Popen[str]) -> None:

@@ -27,6 +27,8 @@ from forge.inference.exact import exact_logits
 from forge.inference.rows import widen_products
 from forge.inference.sequences import Chooser
 from forge.runtime import answer_process
+from forge.runtime.answer_process import shard_folder
+from forge.runtime.shard_files import ShardFiles
 from tests.inference.conftest import TEXTS, write_model
 
 GREEDY: dict[str, Any] = {"temperature": 0.0, "max_tokens": 6}
@@ -208,8 +210,9 @@ def test_answer__encoder_decoder__is_what_transformers_writes(tmp_path: Path) ->
 
 def run_process(monkeypatch: pytest.MonkeyPatch, request: dict[str, Any]) -> dict[str, Any]:
     shown = io.StringIO()
-    monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps(request)))
+    monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps(request | {"parent": 0})))
     monkeypatch.setattr(answer_process, "take_stdout", lambda: _Kept(shown))
+    monkeypatch.setattr(answer_process, "die_with_parent", lambda parent: None)  # it would be this process
     answer_process.main()
     found: dict[str, Any] = json.loads(shown.getvalue().splitlines()[-1])
     return found
@@ -263,6 +266,21 @@ def test_answer_file__stopped_and_started_again__has_the_answers_of_a_whole_run(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["answers.jsonl", "prompts.jsonl"]
     again = run_process(monkeypatch, request)
     assert "exists; name another file" in again["error"]["message"]
+
+
+def test_answer_file__another_process_answers_it__is_refused_and_the_folder_keeps_its_mode(
+    llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tmp_path.chmod(0o755)
+    source, output = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
+    source.write_text('"a"\n')
+    config = {"source": str(llama_folder), "sampling": GREEDY}
+    request = {"config": config, "input": str(source), "output": str(output)}
+    with ShardFiles(folder=shard_folder(output), digest="").locked():
+        assert "another process computes the results" in run_process(monkeypatch, request)["error"]["message"]
+    assert run_process(monkeypatch, request)["answer"]["num_answers"] == 1
+    assert tmp_path.stat().st_mode & 0o777 == 0o755
+    assert {path.name for path in tmp_path.iterdir()} == {"answers.jsonl", "prompts.jsonl"}
 
 
 def test_answer_file__line_that_is_no_prompt__is_named_before_the_model_is_loaded(

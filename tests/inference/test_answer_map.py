@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import time
 from pathlib import Path
 from shutil import copytree, ignore_patterns
 
+import psutil
 import pytest
 from transformers import AutoConfig, MixtralConfig, MixtralForCausalLM
 
 from forge.inference.answer import AnswerConfig, Answerer
+from forge.runtime.answer_process import shard_folder
 from forge.runtime.torch_subprocess import answer_file, answer_prompts
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
@@ -21,11 +26,37 @@ def test_answer_file__two_workers__has_the_answers_of_one_process(llama_folder: 
     source, output = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
     source.write_text("\n".join(map(json.dumps, prompts)))
     config = {"source": str(llama_folder), "sampling": sampling}
+    tmp_path.chmod(0o755)
     found = answer_file(config, source=source, output=output, num_workers=2)
     assert found["num_answers"] == 300
     expected = Answerer(AnswerConfig(source=str(llama_folder), sampling=sampling))(prompts)
     lines = [json.loads(line) for line in output.read_text().splitlines()]
     assert lines == [{"index": index, **answer} for index, answer in enumerate(expected)]
+    assert tmp_path.stat().st_mode & 0o777 == 0o755, "the user's folder keeps its mode"
+    assert {path.name for path in tmp_path.iterdir()} == {"answers.jsonl", "prompts.jsonl"}
+
+
+def test_answer_file__client_is_killed__its_process_ends_and_the_same_command_goes_on(
+    llama_folder: Path, tmp_path: Path
+) -> None:
+    prompts = [f"the river {number}" for number in range(600)]
+    source, output = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
+    source.write_text("\n".join(map(json.dumps, prompts)))
+    words = ["generate", str(llama_folder), "--input", str(source), "--output", str(output)]
+    command = [sys.executable, "-m", "forge.cli.app", *words, "--temperature", "0", "--max-tokens", "24"]
+    with subprocess.Popen(command, cwd=tmp_path) as client:
+        while not list(shard_folder(output).glob("*.jsonl")):
+            assert client.poll() is None
+            time.sleep(0.02)
+        [child] = psutil.Process(client.pid).children()
+        client.kill()
+    psutil.wait_procs([child], timeout=10)
+    assert not child.is_running() and not output.exists()
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "600 answers (" in done.stderr and "of them from before" in done.stderr
+    config = AnswerConfig(source=str(llama_folder), sampling={"temperature": 0.0, "max_tokens": 24})
+    lines = [json.loads(line) for line in output.read_text().splitlines()]
+    assert lines == [{"index": index, **answer} for index, answer in enumerate(Answerer(config)(prompts))]
 
 
 def test_answer__model_without_fp64__says_once_that_fp32_decides(llama_folder: Path, tmp_path: Path) -> None:

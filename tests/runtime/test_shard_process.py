@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from forge.errors import DataError
+from forge.errors import DataError, RunError
 from forge.process import is_alive
 from forge.runtime.torch_subprocess import run_driver
 
@@ -29,6 +29,8 @@ def test_run_driver__answer_and_error__reach_the_client(monkeypatch: pytest.Monk
     assert progress == [(1, 3)]
     with pytest.raises(DataError, match="no such data"):
         run_driver(MODULE, request={"work": "fail"}, what="cannot")
+    with pytest.raises(RunError, match="cannot: its process was ended by SIGKILL, as the kernel does when memory"):
+        run_driver(MODULE, request={"work": "die"}, what="cannot")
 
 
 def test_run_driver__interrupted__ends_the_driver() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from typing import Any
 
@@ -15,6 +16,8 @@ def handle(request: dict[str, Any], process: ShardProcess) -> dict[str, Any]:
     process.progress(1, 3)
     if request["work"] == "fail":
         raise DataError("no such data")
+    if request["work"] == "die":
+        os.kill(os.getpid(), signal.SIGKILL)
     if request["work"] == "wait":
         time.sleep(600)
     return {"work": request["work"], "ray": os.environ.get("RAY_AUTH_MODE")}

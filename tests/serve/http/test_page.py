@@ -51,7 +51,7 @@ def test_page__its_files__come_from_this_server_and_load_nothing_else(server: Ru
 def test_page__by_keyboard__chats_and_is_named_for_screen_readers(server: RunningServer, tmp_path: Path) -> None:
     async def use(browser: Browser) -> None:
         await browser.wait("document.title.startsWith('tiny <b>')")
-        assert await browser.value("document.activeElement.id") == "input"
+        assert await browser.value("document.activeElement?.id") == "input"
         await browser.type("hello <img src=x>")
         await browser.press("Enter", modifiers=2, code=13)
         await browser.wait(
@@ -83,11 +83,11 @@ def test_page__server_with_keys__asks_for_one(backend: LocalBackend, tmp_path: P
     file.write_text(table_of("page", key=key))
 
     async def use(browser: Browser) -> None:
-        await browser.wait("document.activeElement.id == 'key'")
+        await browser.wait("document.activeElement?.id == 'key'")
         await browser.type(key)
         await browser.press("Enter", code=13)
         await browser.value("document.getElementById('access').requestSubmit()")
-        await browser.wait("document.activeElement.id == 'input'")
+        await browser.wait("document.activeElement?.id == 'input'")
         assert await browser.value("document.getElementById('access').hidden") is True
 
     with running(backend, keys=KeyRing((), file=file, limits=KeyLimits())) as server:
