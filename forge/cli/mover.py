@@ -33,7 +33,8 @@ class Mover:
             return
         name = self._cluster_name()
         if not self._is_allowed or name is None:
-            note(f"forge cluster move {name or 'NAME'} --to {event['to']} moves it; resources.move_regions does so")
+            command = f"forge cluster move {name or 'NAME'} --to {event['to']}"
+            note(f"{command} moves it; resources.move_regions does so by itself")
             return
         try:
             self._choice = self._find(name, to=str(event["to"]))
