@@ -39,7 +39,10 @@ class Group:
 
 
 GROUPS = (
-    Group(name="AWS in a box", tests=("tests/hosts/test_aws.py", "tests/cluster/test_cloud_prices.py")),
+    Group(
+        name="AWS in a box",
+        tests=("tests/hosts/test_aws.py", "tests/cluster/test_cloud_prices.py", "tests/cluster/test_move.py"),
+    ),
     Group(
         name="ssh hosts",
         tests=("tests/hosts/test_ssh.py", "tests/hosts/test_hosts.py", "tests/hosts/test_models_on_ssh.py"),
