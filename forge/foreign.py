@@ -27,6 +27,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+from forge.strict_json import STRICT
+
 _Record = TypeVar("_Record")
 
 MAX_DEPTH = 64
@@ -123,15 +125,24 @@ def require_plain_tree(folder: Path, *, allowed_links: Sequence[str] = ()) -> No
                     raise ValueError(f"{entry.path} is neither a file nor a folder")
 
 
-def parse_json(text: bytes | str, *, max_depth: int = MAX_DEPTH, max_values: int = MAX_VALUES) -> Any:
-    """Parse JSON of limited nesting and number of values. Raises: ValueError with the reason."""
+def parse_json(
+    text: bytes | str, *, max_depth: int = MAX_DEPTH, max_values: int = MAX_VALUES, is_strict: bool = False
+) -> Any:
+    """Parse JSON of limited nesting and number of values.
+
+    Args:
+        is_strict: refuse what JSON does not have, or what parsers read differently: NaN, numbers beyond floats, and
+            keys that occur twice in one object.
+
+    Raises: ValueError with the reason.
+    """
     if isinstance(text, bytes):
         text = text.decode()  # json.loads would guess the encoding, and let lone surrogates pass
     num_containers = text.count("[") + text.count("{")
     if num_containers + text.count(",") > max_values:
         raise ValueError(f"the JSON has more than {max_values} values")
     try:
-        value = json.loads(text)
+        value = json.loads(text, **(STRICT if is_strict else {}))
     except RecursionError:
         raise ValueError(f"the JSON is nested deeper than {max_depth} levels") from None
     if num_containers > max_depth:

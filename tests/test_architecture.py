@@ -33,7 +33,7 @@ LAYERS = [
     {"fs", "aws_client"},
     {"environment"},
     {"units", "events", "errors", "foreign", "process", "limits"},
-    {"redact"},
+    {"redact", "strict_json"},
 ]
 """A package imports only from the layers below its own; packages of one layer are independent of each other."""
 
@@ -72,7 +72,7 @@ SAME_LAYER = {
 CLIENT_SIDE = {
     *("cli", "forge", "api", "cluster", "remote", "report", "runs", "checkpoint", "plan", "pricing", "config"),
     *("registries", "user_code", "code_archive", "units", "events", "errors", "foreign", "fs", "process", "redact"),
-    *("environment", "limits", "aws_client", "ui"),
+    *("environment", "limits", "aws_client", "ui", "strict_json"),
 }
 TRAINING_SIDE = {"train", "model", "objective", "data", "checkpoint"}
 NOT_ON_THE_CLIENT_SIDE = {"torch", "deepspeed", "transformers"}

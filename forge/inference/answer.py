@@ -164,6 +164,10 @@ def check_record(record: Any) -> None:
         raise ValueError("'ids' must be a list of token ids")
     if not isinstance(record.get("pair", ""), str):
         raise ValueError("'pair' must be a string")
+    key = _messages_key(record)
+    if key is not None and not message_list(record[key], key=key):
+        raise ValueError(f"{key!r} has no messages")
+    tools_of(record.get("tools"))
 
 
 def sampling_of(given: Mapping[str, Any], *, loaded: LoadedModel) -> SamplingParams:

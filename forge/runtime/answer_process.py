@@ -9,6 +9,7 @@ A request has `config`, the fields of `forge.inference.answer.AnswerConfig`, and
 
 from __future__ import annotations
 
+import codecs
 import json
 import shutil
 import sys
@@ -90,6 +91,8 @@ def _records(path: Path) -> Iterator[Any]:
                 number += 1
                 if len(line) > _MAX_LINE_BYTES:
                     raise DataError(f"{path}:{number}: the line has more than {_MAX_LINE_BYTES} bytes")
+                if number == 1:
+                    line = line.removeprefix(codecs.BOM_UTF8)
                 if line.strip():
                     yield _record(line, where=f"{path}:{number}")
     except OSError as error:
@@ -98,8 +101,14 @@ def _records(path: Path) -> Iterator[Any]:
 
 def _record(line: bytes, *, where: str) -> Any:
     try:
-        record = parse_json(line)
+        record = parse_json(line, is_strict=True)
         check_record(record)
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{where}: byte {error.start + 1} of the line, {line[error.start]:#04x}, is not UTF-8"
+        ) from None
+    except UnicodeEncodeError:
+        raise DataError(f"{where}: the text has half of a surrogate pair, which UTF-8 cannot write") from None
     except ValueError as error:
         raise DataError(f"{where}: {one_line(error)}") from None
     return record

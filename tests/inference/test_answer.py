@@ -27,7 +27,7 @@ from forge.inference.exact import exact_logits
 from forge.inference.rows import widen_products
 from forge.inference.sequences import Chooser
 from forge.runtime import answer_process
-from forge.runtime.answer_process import shard_folder
+from forge.runtime.answer_process import count_records, shard_folder
 from forge.runtime.shard_files import ShardFiles
 from tests.inference.conftest import TEXTS, write_model
 
@@ -80,6 +80,22 @@ def test_answer__end_of_text_in_a_message__does_not_end_the_turn(answerer: Answe
 
 
 @pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        (b'{"prompt": "a", "prompt": "b"}', "the key 'prompt' occurs twice"),
+        (b'{"prompt": "a", "id": NaN}', "JSON has no NaN"),
+        (b'{"prompt": "a", "id": [1e999]}', "the number 1e999 is too large"),
+        (b'"a\xff"', "byte 3 of the line, 0xff, is not UTF-8"),
+        (b'"\\ud800"', "the text has half of a surrogate pair"),
+    ],
+)
+def test_count_records__line_that_has_no_clear_meaning__is_named(tmp_path: Path, line: bytes, problem: str) -> None:
+    (tmp_path / "prompts.jsonl").write_bytes(b'\xef\xbb\xbf"a"\n\n' + line + b"\n")
+    with pytest.raises(DataError, match=rf"prompts\.jsonl:3: {problem}"):
+        count_records(tmp_path / "prompts.jsonl")
+
+
+@pytest.mark.parametrize(
     ("record", "problem"),
     [
         (3, "a string or an object"),
@@ -89,6 +105,9 @@ def test_answer__end_of_text_in_a_message__does_not_end_the_turn(answerer: Answe
         ({"text": ["a"]}, "'text' must be a string"),
         ({"ids": [1, True]}, "'ids' must be a list"),
         ({"prompt": 3}, "'prompt' must be"),
+        ({"messages": []}, "'messages' has no messages"),
+        ({"prompt": [1]}, "message 1 must be an object"),
+        ({"prompt": "a", "tools": 3}, "'tools' must be a list"),
     ],
 )
 def test_check_record__wrong_prompt__says_why(record: Any, problem: str) -> None:

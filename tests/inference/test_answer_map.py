@@ -39,11 +39,11 @@ def test_answer_file__two_workers__has_the_answers_of_one_process(llama_folder: 
 def test_answer_file__client_is_killed__its_process_ends_and_the_same_command_goes_on(
     llama_folder: Path, tmp_path: Path
 ) -> None:
-    prompts = [f"the river {number}" for number in range(600)]
+    prompts = [f"the river {number}" for number in range(400)]
     source, output = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
     source.write_text("\n".join(map(json.dumps, prompts)))
     words = ["generate", str(llama_folder), "--input", str(source), "--output", str(output)]
-    command = [sys.executable, "-m", "forge.cli.app", *words, "--temperature", "0", "--max-tokens", "24"]
+    command = [sys.executable, "-m", "forge.cli.app", *words, "--temperature", "0", "--max-tokens", "8"]
     with subprocess.Popen(command, cwd=tmp_path) as client:
         while not list(shard_folder(output).glob("*.jsonl")):
             assert client.poll() is None
@@ -53,8 +53,8 @@ def test_answer_file__client_is_killed__its_process_ends_and_the_same_command_go
     psutil.wait_procs([child], timeout=10)
     assert not child.is_running() and not output.exists()
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert "600 answers (" in done.stderr and "of them from before" in done.stderr
-    config = AnswerConfig(source=str(llama_folder), sampling={"temperature": 0.0, "max_tokens": 24})
+    assert "400 answers (" in done.stderr and "of them from before" in done.stderr
+    config = AnswerConfig(source=str(llama_folder), sampling={"temperature": 0.0, "max_tokens": 8})
     lines = [json.loads(line) for line in output.read_text().splitlines()]
     assert lines == [{"index": index, **answer} for index, answer in enumerate(Answerer(config)(prompts))]
 

@@ -219,6 +219,12 @@ class ChatBody(_Sampled):
 
     def require_supported(self) -> None:
         super().require_supported()
+        limits = {self.max_tokens, self.max_completion_tokens} - {None}
+        if len(limits) > 1:
+            problem = (
+                f"max_tokens is {self.max_tokens} and max_completion_tokens {self.max_completion_tokens}; give one"
+            )
+            raise ApiError(problem, code="invalid_value", param="max_tokens")
         if self.top_logprobs is not None and not self.logprobs:
             raise ApiError("top_logprobs requires logprobs: true", code="invalid_value", param="top_logprobs")
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Coroutine
-from typing import Any, NoReturn
+from typing import Any
 
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
 
 from forge.errors import printable
 from forge.serve.http.errors import ApiError
+from forge.strict_json import refuse_constant, unique_keys
 
 
 class JsonRoute(APIRoute):
@@ -32,7 +33,7 @@ class _JsonRequest(Request):
         """Raises: JSONDecodeError, which FastAPI makes a validation error of."""
         body = await self.body()
         try:
-            return json.loads(body, parse_constant=_refuse, object_pairs_hook=_unique)
+            return json.loads(body, parse_constant=refuse_constant, object_pairs_hook=unique_keys)
         except json.JSONDecodeError:
             raise
         except RecursionError:
@@ -54,16 +55,3 @@ def _require_json(request: Request) -> None:
             status=415,
             code="no_json",
         )
-
-
-def _refuse(name: str) -> NoReturn:
-    raise ValueError(f"JSON has no {name}")
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        moved = (name for (name, _), known in zip(pairs, found, strict=False) if name != known)
-        twice = next(moved, pairs[len(found)][0])
-        raise ValueError(f"the key '{printable(twice, limit=60)}' occurs twice in one object")
-    return found

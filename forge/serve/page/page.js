@@ -85,7 +85,8 @@ function addTable(headings, rows) {
 }
 
 function sampling() {
-  const found = { temperature: Number(at("temperature").value), stream: true };
+  const found = { stream: true };
+  if (at("temperature").value) found.temperature = Number(at("temperature").value);
   if (at("max-tokens").value) found.max_tokens = Number(at("max-tokens").value);
   if (at("seed").value) found.seed = Number(at("seed").value);
   return found;

@@ -205,6 +205,10 @@ def test_chat__wrong_messages__status_400(server: RunningServer) -> None:
         response = post(server, "/v1/chat/completions", json={"model": "tiny", "messages": messages})
         assert response.status_code == 400, messages
         error_of(response)
+    user = [{"role": "user", "content": "a"}]
+    limits = {"max_tokens": 2, "max_completion_tokens": 3}
+    response = post(server, "/v1/chat/completions", json={"model": "tiny", "messages": user, **limits})
+    assert "max_tokens is 2 and max_completion_tokens 3; give one" in error_of(response)["message"]
 
 
 def test_body__of_10_mb__status_413(server: RunningServer) -> None:
