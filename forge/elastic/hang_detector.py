@@ -24,6 +24,10 @@ _STALL_STEPS = 4
 # A starting generation may take this long without progress; the first one has to initialise the model.
 _STARTUP_S = 20.0
 _FIRST_STARTUP_S = 300.0
+# A machine that is busy with other programs looks like one that hangs. So every hang in a row doubles the limits,
+# except of a rank that a signal has stopped; after this number of steps they are as at first.
+_MAX_DOUBLINGS = 4
+_CALM_STEPS = 200
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +37,8 @@ class StalledRank:
     rank: int
     seconds: float
     """Since its last progress."""
+    is_suspended: bool
+    """A signal has stopped its process."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -65,7 +71,7 @@ class HangDetector:
             return None
         self._has_found = True
         rank, progress = min(self._ranks.items(), key=lambda item: (not item[1].is_suspended, item[1].moved_at))
-        return StalledRank(rank=rank, seconds=now - progress.moved_at)
+        return StalledRank(rank=rank, seconds=now - progress.moved_at, is_suspended=progress.is_suspended)
 
 
 class StepTimes:
@@ -73,11 +79,21 @@ class StepTimes:
 
     def __init__(self) -> None:
         self._recent: deque[tuple[int, float, int]] = deque(maxlen=_NUM_RECENT_STEPS)
+        self._num_doublings = self._num_calm = 0
 
     def add(self, step: int, *, seconds: float, num_workers: int) -> None:
         """Note the duration of the last step; heartbeats report the same step repeatedly."""
         if step and (not self._recent or self._recent[-1][0] != step):
             self._recent.append((step, seconds, num_workers))
+            self._num_calm += 1
+            if self._num_calm >= _CALM_STEPS:
+                self._num_doublings = 0
+
+    def note_hang(self, stalled: StalledRank) -> None:
+        """Double the limits, in case the rank was only slow."""
+        self._num_calm = 0
+        if not stalled.is_suspended:
+            self._num_doublings = min(self._num_doublings + 1, _MAX_DOUBLINGS)
 
     @property
     def last_step(self) -> int | None:
@@ -102,8 +118,9 @@ class StepTimes:
         Args:
             is_first: no generation of the run has started before.
         """
+        factor: int = 2**self._num_doublings
         if phase is Phase.STARTING:
-            return _FIRST_STARTUP_S if is_first else _STARTUP_S
+            return _FIRST_STARTUP_S if is_first else min(_FIRST_STARTUP_S, factor * _STARTUP_S)
         if phase in (Phase.TRAINING, Phase.DRAINING):
-            return max(_STALL_S, _STALL_STEPS * self.p99_s)
+            return factor * max(_STALL_S, _STALL_STEPS * self.p99_s)
         return math.inf

@@ -329,6 +329,7 @@ class Supervisor:
         limit_s = self._steps.stall_limit_s(self.state.phase, is_first=is_first)
         stalled = self._hang_detector.find_stalled_rank(limit_s=limit_s, now=now)
         if stalled is not None:
+            self._steps.note_hang(stalled)
             generation = self.state.generation
             self._connections.broadcast({"command": "dump_stacks", "generation": generation})
             self._tasks.start(self._report_hang(generation, stalled.rank, silent_s=stalled.seconds))
