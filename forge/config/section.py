@@ -127,6 +127,12 @@ def _read_whole_or_auto(value: Any) -> Any:
     return value
 
 
+def _read_flag_or_auto(value: Any) -> Any:
+    if value != "auto" and not isinstance(value, bool):
+        raise ValueError("must be auto, true or false")
+    return value
+
+
 def _read_checkpointing(value: Any) -> Any:
     if value != "selective" and not isinstance(value, bool):
         raise ValueError("must be true, false or selective")
@@ -146,6 +152,12 @@ Count = Annotated[
     int,
     BeforeValidator(units.parse_count),
     WithJsonSchema({"type": ["integer", "string"], "examples": ["20M"]}),
+]
+
+FlagOrAuto = Annotated[
+    Literal["auto"] | bool,
+    BeforeValidator(_read_flag_or_auto),
+    WithJsonSchema({"enum": ["auto", True, False]}),
 ]
 
 Checkpointing = Annotated[

@@ -18,6 +18,7 @@ from forge.config.section import (
     Checkpointing,
     Count,
     FieldError,
+    FlagOrAuto,
     Fraction,
     Interval,
     Number,
@@ -252,6 +253,12 @@ class TrainingSpec(Section):
     FlashAttention-3, FlashAttention-2 and `sdpa` that is installed and runs on every rank; else `sdpa`, torch's
     fused attention, or on a CPU up to 512 tokens `eager`, three plain products. A name is refused where it is not
     possible. Kernels of the Hub are code that forge does not execute. transformers' `attn_implementation`."""
+
+    liger: FlagOrAuto = "auto"
+    """Compute norms, rotary positions and activation functions with Liger's fused kernels (arXiv 2410.10989), on
+    GPUs and for the models that it knows; the loss stays forge's own. `auto`: not yet, as no GPU has shown what it
+    gains; the plan says so. `true` needs the package liger-kernel (`forge-train[liger]`, with triton 1 GB) on every
+    machine. The kernels round otherwise than torch's."""
 
     compile: Literal["auto", "on", "off"] = "auto"
     """Compile each layer with `torch.compile`, which joins its small operations into few kernels. `auto`: not yet,

@@ -77,8 +77,8 @@ def _is_kept(operation: Any) -> bool:
 class _Replay(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """torch's context of a recomputation, without its check of all other operations.
 
-    torch requires these to be as many as in the forward pass. Under ZeRO 3 they are not: a module gathers its
-    weights when it is called, in as many copies as were not gathered ahead.
+    torch refuses a recomputation that has more operations of a kind than the forward pass. Under ZeRO 3 it may have
+    more: a module whose weights were gathered ahead of the forward pass gathers them when it is called again.
     """
 
     def __init__(self, replay: Any) -> None:

@@ -11,6 +11,10 @@ from forge.config.job import JobSpec
 from forge.errors import PlanError
 from forge.plan.inputs import PLAIN_ATTENTION_TOKENS, ModelInfo
 
+LIGER_MODELS = frozenset({"gemma", "granite", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3", "smollm3"})
+"""`model_type` of causal language models of which liger-kernel 0.8.5 replaces layers and forge computes the loss.
+
+Source: `liger_kernel.transformers.monkey_patch.MODEL_TYPE_TO_APPLY_LIGER_FN`."""
 _FLASH = ("flash_attention_2", "flash_attention_3")
 _OF_MODEL = "model.attn_implementation"
 _MAX_HEAD = 256
@@ -147,6 +151,40 @@ def require_checkpointing(job: JobSpec, model: ModelInfo) -> None:
         raise PlanError(f"{model.checkpointing_problem}; use false", job_key=key)
     if wanted == "selective" and model.selective_problem is not None:
         raise PlanError(f"{model.selective_problem}; use true, which recomputes it", job_key=key)
+
+
+def liger_choice(job: JobSpec, *, model: ModelInfo, device: str) -> SpeedChoice:
+    """Return whether Liger's kernels are used (`training.liger`), and why.
+
+    Args:
+        device: `cpu` or `cuda`.
+    """
+    wanted, problem = job.training.liger, _liger_problem(job, model, device)
+    if wanted is False:
+        return SpeedChoice(is_on=False, reason="training.liger: false")
+    if problem is not None:
+        return SpeedChoice(is_on=False, reason=problem)
+    if wanted is True:
+        return SpeedChoice(is_on=True, reason="training.liger: true")
+    return SpeedChoice(is_on=False, reason="not measured on a GPU yet; training.liger: true uses them")
+
+
+def require_liger(job: JobSpec, *, model: ModelInfo, device: str) -> None:
+    """Raises: PlanError if the job asks for Liger's kernels and they cannot be used."""
+    if job.training.liger is True and (problem := _liger_problem(job, model, device)) is not None:
+        raise PlanError(f"{problem}; use auto or false", job_key="training.liger")
+
+
+def _liger_problem(job: JobSpec, model: ModelInfo, device: str) -> str | None:
+    if device != "cuda":
+        return "Liger's kernels need a GPU"
+    if job.model.class_reference is not None:
+        return f"{model.class_name} is a class of the job's own"
+    if model.architecture not in LIGER_MODELS:
+        return f"Liger's kernels are used for {', '.join(sorted(LIGER_MODELS))}, not for {model.architecture}"
+    if job.training.compile == "on":
+        return "training.compile: on fuses these operations itself"
+    return None
 
 
 def require_compilable(job: JobSpec, model: ModelInfo) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from forge.plan.plan import DraftPlan
-from forge.plan.speed import attention_choice, compile_choice
+from forge.plan.speed import attention_choice, compile_choice, liger_choice
 
 
 def speed_facts(plan: DraftPlan) -> list[tuple[str, str]]:
@@ -18,4 +18,6 @@ def speed_facts(plan: DraftPlan) -> list[tuple[str, str]]:
         )
     attention = attention_choice(plan.job, model=plan.model, device=plan.hardware.device)
     facts.append(("attention", f"{' or '.join(attention.names) or 'the class'} ({attention.reason})"))
+    liger = liger_choice(plan.job, model=plan.model, device=plan.hardware.device)
+    facts.append(("liger", f"{'fused kernels' if liger.is_on else 'not used'} ({liger.reason})"))
     return [*facts, ("compile", f"{'each layer' if choice.is_on else 'nothing'} ({choice.reason})")]

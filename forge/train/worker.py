@@ -37,13 +37,14 @@ from forge.plan.checkpoint_interval import CheckpointRisk, planned_every, planne
 from forge.plan.curve import run_digest
 from forge.plan.inputs import InitInfo
 from forge.plan.plan import Plan
-from forge.plan.speed import attention_choice, compile_choice, head_size
+from forge.plan.speed import attention_choice, compile_choice, head_size, liger_choice
 from forge.train.async_checkpoint import AsyncCheckpointer
 from forge.train.attention import agree_on_attention
 from forge.train.checkpoint_interval import CheckpointInterval
 from forge.train.cuda import create_context, device_name
 from forge.train.engine import DTYPES, Engine, build_engine
 from forge.train.frozen_model import build_frozen, build_teacher
+from forge.train.liger import use_liger
 from forge.train.loop import LoopResult, SnapshotPolicy, TrainInputs, train
 from forge.train.peak import find_peak
 from forge.train.process_group import Rendezvous, join_process_group
@@ -129,7 +130,7 @@ def run_worker(
     state_source = elastic.state_source if elastic else None
     attention = _attention(plan, context, device=device, reporter=reporter)
     engine = _build(plan, context, device=device, skip_init=state_source is not None, attention=attention)
-    compiler = _compile_layers(engine, plan, context, reporter=reporter, on_progress=clock.on_lap)
+    compiler = _speed_up_layers(engine, plan, context, reporter=reporter, on_progress=clock.on_lap)
     clock.lap("build")
     start = _load(engine, plan, context, state_source=state_source, reporter=reporter)
     clock.lap("load")
@@ -262,7 +263,7 @@ def _build(
     )
 
 
-def _compile_layers(
+def _speed_up_layers(
     engine: Engine,
     plan: Plan,
     context: WorkerContext,
@@ -270,7 +271,9 @@ def _compile_layers(
     reporter: Reporter,
     on_progress: Callable[[], None],
 ) -> LayerCompiler | None:
-    """Have the layers compiled in the first step, if the plan says so."""
+    """Use Liger's kernels, or have the layers compiled in the first step, if the plan says so."""
+    if liger_choice(plan.job, model=plan.model, device=engine.device.type).is_on:
+        use_liger(engine.model)
     if not compile_choice(plan.job, model=plan.model, device=plan.hardware.device).is_on:
         return None
     from forge.train.layer_compiler import (

@@ -9,7 +9,7 @@ import pytest
 from forge.errors import PlanError
 from forge.plan.inputs import HardwareInfo
 from forge.plan.plan import make_plan
-from forge.plan.speed import attention_choice, compile_choice
+from forge.plan.speed import attention_choice, compile_choice, liger_choice
 from tests.support.jobs import CPU, UNPREPARED, tiny_facts, tiny_job
 
 
@@ -138,3 +138,27 @@ def test_make_plan__attention__memory_counts_its_scores(wanted: str, more: bool)
     ]
     auto, found = (plan.worlds[0].memory.activations_bytes for plan in plans)
     assert (found > auto) is more
+
+
+@pytest.mark.parametrize(
+    ("changes", "device", "facts", "is_on", "reason"),
+    [
+        ({}, "cuda", {}, False, "not measured on a GPU"),
+        ({"training__liger": True}, "cuda", {}, True, "training.liger: true"),
+        ({"training__liger": False}, "cuda", {}, False, "training.liger: false"),
+        ({}, "cpu", {}, False, "need a GPU"),
+        ({}, "cuda", {"architecture": "gpt2"}, False, "not for gpt2"),
+    ],
+)
+def test_liger_choice__job_model_and_device__chosen_with_reason(
+    changes: dict[str, Any], device: str, facts: dict[str, Any], is_on: bool, reason: str
+) -> None:
+    choice = liger_choice(tiny_job(**changes), model=tiny_facts(**facts), device=device)
+    assert choice.is_on == is_on
+    assert reason in choice.reason
+
+
+def test_make_plan__liger_on_a_cpu__refused_by_name() -> None:
+    with pytest.raises(PlanError, match="need a GPU; use auto or false") as caught:
+        make_plan(tiny_job(training__liger=True), model=tiny_facts(), corpus=UNPREPARED, hardware=CPU)
+    assert caught.value.job_key == "training.liger"
