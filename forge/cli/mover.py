@@ -109,7 +109,8 @@ def move_cluster(cluster: CloudCluster, choice: RegionChoice, *, folders: Sequen
     except ForgeError as error:
         hint = f". Checkpoints are written; once the cluster is up again:{commands}" if stopped else ""
         raise ClusterError(f"{error}{hint}") from error
-    resumed, problems = list[RunHandle](), list[str]()
+    resumed: list[RunHandle] = []
+    problems: list[str] = []
     for folder in stopped:
         try:
             resumed.append(api.start(folder / "job.yaml", cluster=cluster.name, resume=folder))

@@ -57,10 +57,10 @@ def stop_runs(folders: Sequence[Path], *, on_message: Callable[[str], None]) -> 
     for handle in handles:
         while handle.is_alive() and time.monotonic() < deadline:
             time.sleep(_POLL_S)
-        for line in handle.connection_messages():
-            on_message(line)
         run = read_run(handle.folder)
         if run.status not in ("stopped", "finished"):
+            for line in handle.connection_messages():
+                on_message(line)
             raise ClusterError(
                 f"{handle.folder.name} was asked to stop, and is {run.status}: nothing was moved. See forge runs "
                 f"show {handle.folder.name}"
