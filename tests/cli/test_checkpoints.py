@@ -153,6 +153,7 @@ def test_checkpoints__none_yet__says_so(tmp_path: Path, monkeypatch: pytest.Monk
         forge("verify")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

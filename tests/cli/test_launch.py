@@ -59,6 +59,7 @@ def test_confirm_plan__yes_or_free_cluster__does_not_ask(
     assert shown.rstrip().endswith(f"sending the run to the cluster '{cluster.name}'")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("home")
 @pytest.mark.parametrize("command", ["train", "plan"])
 def test_dry_run__yes__is_accepted(home: Path, command: str) -> None:

@@ -128,6 +128,7 @@ def test_inspect__width_that_heads_do_not_divide__is_refused() -> None:
         )
 
 
+@pytest.mark.slow
 def test_build__from_a_seed__ties_and_scales_the_embedding() -> None:
     options = BuildOptions(dtype=torch.float32, device=torch.device("cpu"), seed=1)
     spec = ModelSpec.model_validate({"architecture": "transformer-2017", **SIZES | {"d_model": 128}})

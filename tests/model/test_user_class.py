@@ -57,6 +57,7 @@ class Wrong(TinyMixer):
 DATA = DataShape(vocab_size=11, seq_len=4, eot_id=0)
 
 
+@pytest.mark.slow
 @pytest.fixture(autouse=True)
 def code(tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("FORGE_CACHE", str(tmp_path))

@@ -29,6 +29,7 @@ from tests.support.runs import make_run
 from tests.support.wandb_file import read_history
 
 
+@pytest.mark.slow
 def untracked_run(folder: Path, *, steps: int = 6) -> Path:
     """A run of which no tracker has anything, though its job names all of them."""
     run = make_run(folder, steps=steps)

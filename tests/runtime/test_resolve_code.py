@@ -201,6 +201,7 @@ def test_with_run_code__source_folder_changed_or_gone__uses_the_packed_code(home
     assert pack_code(code_folder(plan.code.digest)).files["my_losses.py"] == RANKING.encode()
 
 
+@pytest.mark.slow
 def test_resolve_code__class_in_a_search_space__blames_its_line(home: Path) -> None:
     loaded = job_with_code(
         home, {"my_models.py": "from torch import nn\n\nclass Small(nn.Module): ...\n\nLarge = 1\n"}

@@ -78,7 +78,8 @@ def initial_weights(rank: int, plan: str) -> dict[str, Any]:
     return {shard.name: engine.state.tensor(shard, "master").tolist() for shard in shards}
 
 
-@pytest.mark.parametrize("trained", ["all but the embedding", pytest.param("adapters", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("trained", ["all but the embedding", "adapters"])
 def test_average__resized_at_every_stage__is_the_recurrence_bit_for_bit(
     corpus: CorpusInfo, tmp_path: Path, trained: str
 ) -> None:

@@ -142,6 +142,7 @@ def test_train__stored_outputs_at_any_world_size_and_stage__have_the_curve_of_th
         moved.rename(llama_teacher)
 
 
+@pytest.mark.slow
 def test_train__any_world_size_and_stage__losses_are_equal_and_the_teacher_stays_out_of_checkpoints(
     corpus: CorpusInfo, teacher: Path, tmp_path: Path
 ) -> None:

@@ -59,6 +59,7 @@ def newest(folder: Path) -> Any:
     return checkpoint
 
 
+@pytest.mark.slow
 def test_checkpoint__nearly_all_parameters_frozen__holds_the_trained_ones_alone(base: Path, half: Path) -> None:
     checkpoint = newest(half)
     assert checkpoint.kinds == {"master", "exp_avg", "exp_avg_sq", "ema"}

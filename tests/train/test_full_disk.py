@@ -52,6 +52,7 @@ def train_on_small_disk(rank: int, plan_json: str, folder: str, size_at_end: str
     return train_one_rank(rank, plan_json, folder, 2, None)
 
 
+@pytest.mark.slow
 def checkpoints_in(folder: Path) -> list[str]:
     """The checkpoints, newest first, that verify."""
     storage = open_storage(str(folder))

@@ -61,7 +61,8 @@ def first(base: Path, corpus: CorpusInfo, tmp_path_factory: pytest.TempPathFacto
     return folder
 
 
-@pytest.mark.parametrize(("stage", "world_size"), [(3, 2), pytest.param(0, 1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "world_size"), [(3, 2), (0, 1)])
 def test_train__from_a_run_with_adapters__has_the_losses_of_its_merged_export(
     corpus: CorpusInfo, first: Path, tmp_path: Path, stage: int, world_size: int
 ) -> None:

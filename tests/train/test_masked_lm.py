@@ -27,6 +27,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> CorpusInfo:
     return corpus
 
 
+@pytest.mark.slow
 def plan_of(corpus: CorpusInfo, stage: int, **changes: object) -> Plan:
     plan = tiny_plan(
         corpus, model=BERT, training__objective="masked-lm", training__precision="fp32",

@@ -58,6 +58,7 @@ def test_measured_peak__damaged_file__measures_again(
         assert measured_peak("cpu", dtype=torch.float32).flops == 2e9
 
 
+@pytest.mark.slow
 def test_measured_peak__state_folder_not_writable__is_measured_and_not_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

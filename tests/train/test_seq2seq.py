@@ -103,9 +103,8 @@ def test_train__any_world_size_and_stage__losses_are_equal_and_a_resize_keeps_th
     assert 0 <= alone.steps[0].extra["train/accuracy"] <= 1
 
 
-@pytest.mark.parametrize(
-    "architecture", ["transformer-2017", pytest.param("encoder-decoder", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["transformer-2017", "encoder-decoder"])
 def test_train__other_architecture__is_the_same_on_two_ranks_exported_and_generating(
     pairs: CorpusInfo, tmp_path: Path, architecture: str
 ) -> None:

@@ -190,6 +190,7 @@ def test_message_that_cannot_be_sent__is_one_event_without_address_or_secret(
     assert "s3cr3tpath" not in (folder / "events.jsonl").read_text()
 
 
+@pytest.mark.slow
 def test_killed_recorder__sends_what_the_event_does_not_say_was_sent(tmp_path: Path) -> None:
     folder = tmp_path / "tiny-1"
     with hook() as received:
