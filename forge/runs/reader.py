@@ -1,8 +1,8 @@
 """Read run folders: find them, summarise them, follow them while the run is running.
 
-Only `plan.json`, `events.jsonl` and `metrics.jsonl` are read, so this works on a running run, on one that died, and
-on a folder copied from another machine, whatever it contains (`forge.foreign`). Lines that are not valid records
-(partial after a crash, or damaged) are skipped and counted.
+Only `plan.json`, `events.jsonl`, `metrics.jsonl` and the end of a log are read, so this works on a running run, on
+one that died, and on a folder copied from another machine, whatever it contains (`forge.foreign`). Lines that are
+not valid records (partial after a crash, or damaged) are skipped and counted.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from forge.runs.annotations import read_annotations
 from forge.runs.goodput import goodput_of, moment
 from forge.runs.goodput_report import GoodputReport
 from forge.runs.index import find_known, read_index, remember_run
+from forge.runs.log_end import last_line
 from forge.runs.record_order import StartBeforeSteps
 from forge.runs.records import RecordReader, last_step_of
 from forge.runs.remote_ref import read_remote_ref
@@ -194,9 +195,9 @@ def read_plan(folder: Path) -> Plan:
 def failure_of(run: RunSummary) -> ForgeError | None:
     """Return the error that ended a run; None if it did not fail or die."""
     if run.status == "died":
-        return RunError(
-            f"the driver of the run died without recording why; its log is {run.folder / 'logs' / 'driver.log'}"
-        )
+        log = run.folder / "logs" / "driver.log"
+        end = f" and ends with: {line}" if (line := last_line(log)) else ""
+        return RunError(f"the driver of the run died without recording why; its log is {log}{end}")
     if run.status != "failed":
         return None
     failed = run.newest("RunFailed") or {}

@@ -151,8 +151,12 @@ class Driver:
             threading.Thread(target=_import_train, daemon=True).start()
         if self._plan.search is not None:
             threading.Thread(target=_import_search, daemon=True).start()
+        # If Ray gets no answer, it ends this process without an exception: the log says what it was doing.
+        where = self._address or "a new cluster on this machine"
+        _log(f"connecting to Ray ({where}); Ray ends this process if it gets no answer")
         # The minimum of workers always has slots, if need be several ranks per core.
         connect(self._address, min_cpus=self._plan.job.resources.workers.low)
+        _log("connected to Ray")
         signal.signal(signal.SIGTERM, self.on_signal)  # ray.init has replaced it
 
     def _start_recorder(self) -> None:
@@ -362,6 +366,11 @@ class Driver:
         while not self._is_over.is_set():
             self._recorder.request_stop.remote()
             self._is_over.wait(_STOP_REPEAT_S)
+
+
+def _log(text: str) -> None:
+    sys.stderr.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')} {text}\n")
+    sys.stderr.flush()
 
 
 def _import_train() -> None:

@@ -6,6 +6,7 @@ import fcntl
 import json
 import multiprocessing
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -230,6 +231,19 @@ class TestStatus:
     def test_failure_of__died__names_the_log(self, tmp_path: Path) -> None:
         folder = make_run(tmp_path)
         assert str(folder / "logs" / "driver.log") in str(failure_of(read_run(folder)))
+
+    def test_failure_of__died_with_a_log__ends_with_its_last_line(self, tmp_path: Path) -> None:
+        folder = make_run(tmp_path, "r")
+        log = folder / "logs" / "driver.log"
+        log.parent.mkdir(exist_ok=True)
+        log.write_bytes(b"first\n" + b"x" * 9000 + b"\nconnecting to \x1b[31mRay\xff\n\n  \n")
+        message = str(failure_of(read_run(folder)))
+        assert re.search(r"driver\.log and ends with: connecting to \S+\[31mRay\S$", message), message
+        log.write_text("y" * 9000)
+        assert len(str(failure_of(read_run(folder)))) < 1000
+        log.unlink()
+        log.symlink_to("/etc/hostname")
+        assert str(failure_of(read_run(folder))).endswith("driver.log")
 
     def test_failure_of__finished_or_stopped__none(self, tmp_path: Path) -> None:
         runs: list[RunSummary] = [
