@@ -237,6 +237,7 @@ def test_evaluate__machine_is_killed_and_another_joins__scores_are_those_of_one_
     assert any("9 of 9 shards answered before" in message for message in again)
 
 
+@pytest.mark.slow
 def test_log_scores__offline__are_a_run_of_w_and_b_with_the_steps_of_the_checkpoints(tmp_path: Path) -> None:
     spec = WandbSpec(mode="offline", project="p")
     scores = [score(step=9), score(step=3), score(step=3, task="u")]
