@@ -116,14 +116,15 @@ class DeadlineWatch:
         step: int,
         step_worker_s: float | None,
     ) -> None:
-        """Compare the progress with the deadline, and choose machines; at most once a minute.
+        """Compare the progress with the deadline, and choose machines; once a minute, and once there are workers.
 
         Args:
             step: the last step that was done.
             step_worker_s: workers times seconds of a step; None if none was measured.
         """
         now = self._clock()
-        if now - self._checked_at < _EVERY_S:
+        is_due = self._verdict is None and bool(state.assignment)  # the first forecast needs workers
+        if now - self._checked_at < _EVERY_S and not is_due:
             return
         worker_s = step_worker_s or self._terms.step_worker_s
         if worker_s is None or state.is_stopping:

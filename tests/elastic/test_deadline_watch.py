@@ -119,6 +119,14 @@ def test_check__fixed_cluster__says_once_that_it_is_met_and_when_that_changes() 
     assert not [event for event in run.events if isinstance(event, MachinesChosen)]
 
 
+def test_check__workers_join_seconds_after_the_first_check__says_at_once_whether_it_is_met() -> None:
+    run = Run()
+    run.check(0, step=0, nodes="")
+    assert run.verdicts == []
+    run.check(0.005, step=0, nodes="n1 n2 n3 n4")
+    assert len(run.verdicts) == 1
+
+
 def test_check__measured_steps__replace_the_forecast() -> None:
     run = Run()
     run.check(1, step=100, nodes="n1 n2 n3 n4", worker_s=4 * 40.0)
