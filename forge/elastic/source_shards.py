@@ -75,7 +75,7 @@ class SourceReader:
         source = command["source"]
         if source is None:
             return []
-        if source["first"] == 0:  # a new connection, maybe to another supervisor, which numbers anew
+        if source["first"] == 0:  # a new connection: its supervisor may have numbered the nodes differently
             self._endpoints = {}
         self._endpoints.update((number, endpoint) for number, *endpoint in unpack(source["endpoints"]))
         return [
