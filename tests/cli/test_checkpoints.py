@@ -153,7 +153,6 @@ def test_checkpoints__none_yet__says_so(tmp_path: Path, monkeypatch: pytest.Monk
         forge("verify")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -169,6 +168,7 @@ def test_export__invalid_options__are_refused(run: Path, arguments: list[str], m
     assert not Path("out").exists()
 
 
+@pytest.mark.slow
 def test_export__user_model__writes_its_state_dict_and_says_how_to_load_it(run: Path) -> None:
     tied = {"head.weight": "embedding.weight"}
     write(str(run / "checkpoints"), 40, state=state_bytes(progress(40), replace(model_shape(), tied=tied)).decode())

@@ -128,7 +128,6 @@ def test_inspect__width_that_heads_do_not_divide__is_refused() -> None:
         )
 
 
-@pytest.mark.slow
 def test_build__from_a_seed__ties_and_scales_the_embedding() -> None:
     options = BuildOptions(dtype=torch.float32, device=torch.device("cpu"), seed=1)
     spec = ModelSpec.model_validate({"architecture": "transformer-2017", **SIZES | {"d_model": 128}})
@@ -140,6 +139,7 @@ def test_build__from_a_seed__ties_and_scales_the_embedding() -> None:
     assert all(bool((a == b).all()) for a, b in zip(model.parameters(), again.parameters(), strict=True))
 
 
+@pytest.mark.slow
 def test_from_pretrained__saved_model__has_the_same_logits_where_forge_is_imported(tmp_path: Path) -> None:
     model, given = small(), batch()
     model.save_pretrained(tmp_path)

@@ -57,7 +57,6 @@ class Wrong(TinyMixer):
 DATA = DataShape(vocab_size=11, seq_len=4, eot_id=0)
 
 
-@pytest.mark.slow
 @pytest.fixture(autouse=True)
 def code(tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("FORGE_CACHE", str(tmp_path))
@@ -68,6 +67,7 @@ def code(tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     use_code(None)
 
 
+@pytest.mark.slow
 def test_inspect__module_that_prints__does_not_disturb_the_answer() -> None:
     loud = "import os\nprint('hello')\nos.system('echo from a child')\n"
     packed = PackedCode(files={"my_models.py": (loud + MIXER).encode()})

@@ -29,7 +29,6 @@ from tests.support.runs import make_run
 from tests.support.wandb_file import read_history
 
 
-@pytest.mark.slow
 def untracked_run(folder: Path, *, steps: int = 6) -> Path:
     """A run of which no tracker has anything, though its job names all of them."""
     run = make_run(folder, steps=steps)
@@ -41,6 +40,7 @@ def untracked_run(folder: Path, *, steps: int = 6) -> Path:
     return run
 
 
+@pytest.mark.slow
 def test_sync_run__nothing_sent_before__every_tracker_has_every_step_and_again_nothing_is_sent(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

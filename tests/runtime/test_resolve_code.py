@@ -201,7 +201,6 @@ def test_with_run_code__source_folder_changed_or_gone__uses_the_packed_code(home
     assert pack_code(code_folder(plan.code.digest)).files["my_losses.py"] == RANKING.encode()
 
 
-@pytest.mark.slow
 def test_resolve_code__class_in_a_search_space__blames_its_line(home: Path) -> None:
     loaded = job_with_code(
         home, {"my_models.py": "from torch import nn\n\nclass Small(nn.Module): ...\n\nLarge = 1\n"}
@@ -216,6 +215,7 @@ def test_resolve_code__class_in_a_search_space__blames_its_line(home: Path) -> N
     assert "my_models:Large" in (home / "job.yaml").read_text().splitlines()[(caught.value.line or 0) - 1]
 
 
+@pytest.mark.slow
 def test_resolve_code__class_in_the_proxy_of_a_search__is_imported_for_its_metrics(home: Path) -> None:
     loaded = job_with_code(home, {"my_losses.py": RANKING})
     body = loaded.job.model_dump(mode="json", exclude_unset=True)

@@ -114,13 +114,13 @@ def test_export__adapters__names_base_and_layers_in_its_config(corpus: CorpusInf
     export(ExportRequest(url=str(tmp_path / "run"), to=str(tmp_path / "again"), adapters=True))
 
 
-@pytest.mark.slow
 def test_export__adapters_of_a_run_without_any__is_refused(corpus: CorpusInfo, tmp_path: Path) -> None:
     run_ranks(tiny_plan(corpus), tmp_path, world_size=1, stop_after=1)
     with pytest.raises(CheckpointError, match=r"holds no adapters: the job has no model\.lora"):
         export(ExportRequest(url=str(tmp_path), to=str(tmp_path / "out"), adapters=True))
 
 
+@pytest.mark.slow
 def test_train__adapters_of_another_run__begin_from_its_checkpoint_and_are_merged_into_it(
     corpus: CorpusInfo, tmp_path: Path
 ) -> None:

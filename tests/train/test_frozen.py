@@ -59,7 +59,6 @@ def newest(folder: Path) -> Any:
     return checkpoint
 
 
-@pytest.mark.slow
 def test_checkpoint__nearly_all_parameters_frozen__holds_the_trained_ones_alone(base: Path, half: Path) -> None:
     checkpoint = newest(half)
     assert checkpoint.kinds == {"master", "exp_avg", "exp_avg_sq", "ema"}
@@ -71,6 +70,7 @@ def test_checkpoint__nearly_all_parameters_frozen__holds_the_trained_ones_alone(
     assert set(checkpoint.shape.base.files) == {file.name for file in base.glob("*.safetensors")}
 
 
+@pytest.mark.slow
 def test_resume__more_workers_and_another_stage__reads_the_frozen_weights_again(
     base: Path, corpus: CorpusInfo, half: Path, tmp_path: Path
 ) -> None:

@@ -52,7 +52,6 @@ def train_on_small_disk(rank: int, plan_json: str, folder: str, size_at_end: str
     return train_one_rank(rank, plan_json, folder, 2, None)
 
 
-@pytest.mark.slow
 def checkpoints_in(folder: Path) -> list[str]:
     """The checkpoints, newest first, that verify."""
     storage = open_storage(str(folder))
@@ -62,6 +61,7 @@ def checkpoints_in(folder: Path) -> list[str]:
     return kept
 
 
+@pytest.mark.slow
 def test_train__disk_without_room_for_one_more__ends_with_the_newest(corpus: CorpusInfo, small_disk: Path) -> None:
     resize(small_disk, "1000k")  # for two, not for three
     plan = plan_to_json(tiny_plan(corpus, training__total_steps=150, checkpoint={"every": "2 steps", "keep": 3}))

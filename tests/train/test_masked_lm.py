@@ -27,7 +27,6 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> CorpusInfo:
     return corpus
 
 
-@pytest.mark.slow
 def plan_of(corpus: CorpusInfo, stage: int, **changes: object) -> Plan:
     plan = tiny_plan(
         corpus, model=BERT, training__objective="masked-lm", training__precision="fp32",
@@ -36,6 +35,7 @@ def plan_of(corpus: CorpusInfo, stage: int, **changes: object) -> Plan:
     return replace(plan, model=replace(plan.model, has_positionwise_head=True, vocab_size=300))
 
 
+@pytest.mark.slow
 def test_train__any_world_size_and_stage__losses_are_equal_and_a_resize_keeps_the_curve(
     corpus: CorpusInfo, tmp_path: Path
 ) -> None:

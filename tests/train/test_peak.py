@@ -58,7 +58,6 @@ def test_measured_peak__damaged_file__measures_again(
         assert measured_peak("cpu", dtype=torch.float32).flops == 2e9
 
 
-@pytest.mark.slow
 def test_measured_peak__state_folder_not_writable__is_measured_and_not_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -68,6 +67,7 @@ def test_measured_peak__state_folder_not_writable__is_measured_and_not_kept(
     assert measured_peak("cpu", dtype=torch.float32).flops == 1e9
 
 
+@pytest.mark.slow
 def test_measure_gemm_flops__busy_machine__is_the_rate_of_an_idle_one() -> None:
     def best_of(count: int) -> float:
         return max(measure_gemm_flops("cpu", dtype=torch.float32) for _ in range(count))

@@ -59,7 +59,6 @@ def test_train__from_a_folder__has_the_losses_of_the_weights_in_it(
     assert loaded.losses == drawn.losses
 
 
-@pytest.mark.slow
 def test_fork_server__relative_folder_and_another_current_one__finds_it(
     tmp_path: Path, corpus: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -80,6 +79,7 @@ def test_fork_server__relative_folder_and_another_current_one__finds_it(
         server.kill()
 
 
+@pytest.mark.slow
 def test_fork_server__folder_that_is_gone__is_ready_and_the_ranks_report_it(tmp_path: Path, corpus: Any) -> None:
     save_first_weights(tmp_path / "base", "fp32")
     plan = tiny_plan(corpus, model={"from_pretrained": str(tmp_path / "base")})
@@ -144,13 +144,13 @@ def peaks_of(rank: int, plan_json: str, folder: str, world_size: int) -> dict[st
     return peaks
 
 
-@pytest.mark.slow
 def _status(key: str) -> int:
     found = re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert found is not None
     return int(found[1]) * 1024
 
 
+@pytest.mark.slow
 def test_build__under_zero_3__no_rank_holds_more_than_its_share_and_the_largest_layer(tmp_path: Path) -> None:
     world_size = 4
     config = AutoConfig.for_model("llama", **SIZES, vocab_size=LARGE_VOCAB)

@@ -190,7 +190,6 @@ def test_message_that_cannot_be_sent__is_one_event_without_address_or_secret(
     assert "s3cr3tpath" not in (folder / "events.jsonl").read_text()
 
 
-@pytest.mark.slow
 def test_killed_recorder__sends_what_the_event_does_not_say_was_sent(tmp_path: Path) -> None:
     folder = tmp_path / "tiny-1"
     with hook() as received:
@@ -214,6 +213,7 @@ def test_killed_recorder__sends_what_the_event_does_not_say_was_sent(tmp_path: P
     assert set(received.texts) == {"tiny-1: node a lost"}  # once, or twice if the request was complete
 
 
+@pytest.mark.slow
 def test_wandb_alert__is_in_the_file_of_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("WANDB_API_KEY", "WANDB_BASE_URL", "WANDB_MODE"):
         monkeypatch.delenv(name, raising=False)
