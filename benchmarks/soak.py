@@ -41,7 +41,12 @@ class Group:
 GROUPS = (
     Group(
         name="AWS in a box",
-        tests=("tests/hosts/test_aws.py", "tests/cluster/test_cloud_prices.py", "tests/cluster/test_move.py"),
+        tests=(
+            "tests/hosts/test_aws.py",
+            "tests/cluster/test_cloud_prices.py",
+            "tests/cluster/test_firewall.py",
+            "tests/cluster/test_move.py",
+        ),
     ),
     Group(
         name="ssh hosts",
@@ -62,7 +67,7 @@ GROUPS = (
             "tests/elastic/test_task_scores.py",
         ),
     ),
-    Group(name="membership histories", tests=("tests/elastic/test_histories.py",)),
+    Group(name="membership histories", tests=("tests/elastic/test_histories.py", "tests/elastic/test_replicas.py")),
     Group(name="fork server", tests=("tests/elastic/test_fork_server.py",)),
     Group(
         name="Kubernetes pods",
@@ -97,6 +102,9 @@ GROUPS = (
             "--ignore=tests/serve/vllm",
             "tests/inference",
             "tests/model",
+            "tests/objective",
+            "tests/plan",
+            "tests/test_user_code.py",
         ),
     ),
 )

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.cases import mark_further_cases
 from tests.support.peaks import set_shared_peaks
 from tests.support.seeds import FUZZ_SEED, SEED
 from tests.support.skips import unexpected_skips
@@ -74,7 +75,9 @@ def _runs_alone(path: Path) -> bool:
     return path.is_relative_to(TESTS) and path.relative_to(TESTS).as_posix().startswith(ALONE)
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m` chooses
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    mark_further_cases(items)
     for item in items:
         if _runs_alone(item.path):
             item.add_marker(pytest.mark.alone)

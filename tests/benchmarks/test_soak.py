@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.soak import GROUPS, Group, append_table, read_report, run_group, table, table_row
+from tests.support.cases import CASES
 
 ROOT = Path(__file__).parents[2]
 
@@ -19,8 +20,15 @@ def test_groups__all_slow_tests__are_covered_once() -> None:
     left_out = [ROOT / name.partition("=")[2] for name in named if name.startswith("--ignore=")]
     ignored = [path for name in left_out for path in expand(name)]
     slow = {path for path in (ROOT / "tests").rglob("test_*.py") if "pytest.mark.slow" in path.read_text()}
+    slow |= {ROOT / module for module in CASES}
     assert slow - {Path(__file__)} <= set(files), slow - set(files)
     assert all(files.count(path) - ignored.count(path) == 1 for path in slow if path in files)
+
+
+@pytest.mark.parametrize("module", CASES)
+def test_cases__their_tests__exist(module: str) -> None:
+    text = (ROOT / module).read_text()
+    assert [name for name in CASES[module] if f"def {name}(" not in text] == []
 
 
 def expand(path: Path) -> list[Path]:

@@ -92,6 +92,7 @@ def example() -> ModuleType:
     return module
 
 
+@pytest.mark.slow
 def test_its_values_are_those_of_forges_own_reader_bit_for_bit(trained: Path, example: ModuleType) -> None:
     folder = steps(trained)[0]
     held = open_checkpoint(open_storage(str(trained)), folder.name)

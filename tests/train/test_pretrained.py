@@ -59,6 +59,7 @@ def test_train__from_a_folder__has_the_losses_of_the_weights_in_it(
     assert loaded.losses == drawn.losses
 
 
+@pytest.mark.slow
 def test_fork_server__relative_folder_and_another_current_one__finds_it(
     tmp_path: Path, corpus: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
