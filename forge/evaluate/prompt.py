@@ -2,11 +2,12 @@
 
 Templates run in the sandbox that transformers uses for chat templates, with a limit of time and memory. Nothing of
 them is computed when they are compiled, where Jinja would have no limit, and nothing in them is random. A field
-that is missing or null is an error: a prompt with `None` in it would be scored like any other.
+that is missing, null, NaN or infinite is an error: a prompt with `None` in it would be scored like any other.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -63,9 +64,11 @@ def build_expression(text: str, *, key: str) -> Expression:
 
 
 @pass_context  # without the context, Jinja would call it, and compute its argument, when it compiles a template
-def _no_null(context: Context, value: Any) -> Any:
+def _text_or_number(context: Context, value: Any) -> Any:
     if value is None:
         raise ValueError("a field is null; use `{{ field or '' }}` if it may be")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"a number is {value}")
     return value
 
 
@@ -75,7 +78,7 @@ class PromptEnvironment(ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset(["*", "**"])
 
     def __init__(self) -> None:
-        super().__init__(undefined=StrictUndefined, finalize=_no_null, optimized=False)
+        super().__init__(undefined=StrictUndefined, finalize=_text_or_number, optimized=False)
         del self.globals["lipsum"], self.filters["random"]
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import heapq
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -345,6 +346,8 @@ def _texts(target: Answer) -> tuple[str, ...]:
 def _text(value: Any, *, record: Record, key: str) -> str:
     if isinstance(value, str):
         return value
+    if isinstance(value, float) and not math.isfinite(value):
+        raise DataError(f"{record.location}: '{key}' is {value}, which is neither a text nor a number of JSON")
     if isinstance(value, bool | int | float):
         return json.dumps(value)
     raise DataError(f"{record.location}: '{key}' must be a text, not {type(value).__name__}")
@@ -383,8 +386,8 @@ def _relevant(given: Any, *, record: Record) -> tuple[tuple[str, ...], tuple[flo
 def _label(given: Any, *, kind: str, record: Record) -> Answer:
     """The label or labels, named as in training."""
     if kind == "regression":
-        if isinstance(given, bool) or not isinstance(given, int | float):
-            raise DataError(f"{record.location}: the target must be a number, not {given!r:.60}")
+        if isinstance(given, bool) or not isinstance(given, int | float) or not abs(given) < math.inf:
+            raise DataError(f"{record.location}: the target must be a finite number, not {given!r:.60}")
         return float(given)
     if kind == "single":
         return _text(given, record=record, key="target")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -138,6 +139,8 @@ def test_examples__targets_of_numbers_and_labels__are_normal(build: Build) -> No
         ({"question": "?", "answer": None}, "'target' must be a text, not NoneType"),
         ({"question": "?", "answer": []}, "a list of texts that is not empty"),
         ({"question": "?"}, "no key 'answer' (target)"),
+        ({"question": math.nan, "answer": "1"}, "a number is nan"),
+        ({"question": "?", "answer": [math.inf]}, "'target' is inf, which is neither a text nor a number of JSON"),
     ],
 )
 def test_examples__unusable_records__are_skipped_with_reason(build: Build, record: Any, problem: str) -> None:
