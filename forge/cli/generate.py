@@ -102,7 +102,7 @@ def generate(
     With --input and --output all prompts of a file are answered; started again, it continues where it was stopped.
     """
     from forge.cli import display
-    from forge.runs.find_model import find_model
+    from forge.runs.find_model import find_model, require_weights
     from forge.runtime.torch_subprocess import answer_prompts
 
     is_chat = chat or system is not None
@@ -116,6 +116,7 @@ def generate(
     sampling = {name: value for name, value in given.items() if value is not None}
     _check_sampling(sampling)
     folder = find_model(source, root=runs)
+    require_weights(folder, step=parse_step(step), ema=ema, is_elsewhere=cluster is not None)
     config = {
         **{"source": str(folder), "step": parse_step(step), "ema": ema, "dtype": dtype},
         **{"chat": is_chat, "system": system, "sampling": sampling},

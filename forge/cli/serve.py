@@ -78,12 +78,12 @@ def start(
 
     Example:  forge serve start latest --port 8000   (`start` may be left out)
     """
+    from forge.runs.find_model import require_weights
     from forge.serve.http.api_keys import KeyLimits
     from forge.serve.http.settings import ServerSettings
 
     folder, wanted = _source(source, runs=runs), _range(replicas)
-    if cluster is None:
-        _require_checkpoint(folder, step=parse_step(step))
+    require_weights(folder, step=parse_step(step), ema=ema, is_elsewhere=cluster is not None)
     limits = KeyLimits(
         requests_per_minute=requests_per_minute, tokens_per_minute=tokens_per_minute,
         seconds_per_request=seconds_per_request,
@@ -215,9 +215,11 @@ def update(
     """
     from forge.cli import display
     from forge.remote.servers import find_any_server, update_any_server
+    from forge.runs.find_model import require_weights
 
-    server = find_any_server(name)
-    changes: dict[str, Any] = {"source": str(_source(source, runs=runs)), "step": parse_step(step), "ema": ema}
+    server, folder = find_any_server(name), _source(source, runs=runs)
+    require_weights(folder, step=parse_step(step), ema=ema, is_elsewhere="cluster" in server.record)
+    changes: dict[str, Any] = {"source": str(folder), "step": parse_step(step), "ema": ema}
     changes |= {"adapters": _adapters(adapter, runs=runs)} if adapter else {}
     display.message(update_any_server(server, changes, on_message=display.message))
 
@@ -341,21 +343,6 @@ def _source(source: str, *, runs: Path, marker: str = "config.json") -> Path:
         nearest = difflib.get_close_matches(source, commands, n=1, cutoff=0.7)
         hint = f"; did you mean forge serve {nearest[0]}?" if nearest else ""
         raise ArgumentError(f"{error}{hint}") from None
-
-
-def _require_checkpoint(folder: Path, *, step: int | str | None) -> None:
-    """Raises: ArgumentError, CheckpointError if a run has no checkpoint to serve; object storage is not read."""
-    from forge.errors import ArgumentError
-    from forge.runs.checkpoints import entries, locate
-
-    if not (folder / "plan.json").is_file():
-        return
-    url = locate(str(folder), root=folder.parent).url
-    if "://" not in url and next(entries(url, step=step), None) is None:
-        raise ArgumentError(
-            f"{folder.name} has no checkpoint in {url}: the run has written none yet, or they were deleted or "
-            "moved; checkpoint.every of its job says when it writes one, and Ctrl-C in the run writes one"
-        )
 
 
 def _adapters(given: list[str] | None, *, runs: Path) -> tuple[str, ...]:

@@ -27,7 +27,7 @@ from forge.evaluate.results import read_outputs
 from forge.evaluate.task import HELD_OUT_PROBLEM, build_task
 from forge.foreign import from_record
 from forge.plan.plan import written_job
-from forge.runs.find_model import find_model
+from forge.runs.find_model import find_model, require_weights
 from forge.runs.reader import read_plan
 from forge.runs.scores import TaskScore
 from forge.runtime.torch_subprocess import run_driver
@@ -104,16 +104,18 @@ def evaluate_models(
     folders = [find_model(source, root=root) for source in sources]
     harness = [str(task).removeprefix(LM_EVAL) for task in tasks if str(task).startswith(LM_EVAL)]
     own = [task for task in tasks if not str(task).startswith(LM_EVAL)]
+    is_elsewhere = options.cluster is not None and not find_cluster(options.cluster).shares_files
+    _require_effect(options, has_run=any(map(_is_run, folders)), own=bool(own))
+    for folder in filter(_is_run, folders):
+        require_weights(folder, step=options.step, ema=options.ema, is_elsewhere=is_elsewhere)
     loaded = [(path, load_task(path)) for path in map(find_task, own)]
     _require_different(loaded)
-    _require_effect(options, has_run=any((folder / "plan.json").is_file() for folder in folders), own=bool(own))
     for _, task in loaded:
         build_task(task)
         for folder in folders:
             _require_data(task, folder=folder)
     if harness:
         _require_harness(harness, options=options)
-    is_elsewhere = options.cluster is not None and not find_cluster(options.cluster).shares_files
     local = find_local() if loaded and not is_elsewhere else None
     found = []
     for folder in folders:
@@ -121,12 +123,12 @@ def evaluate_models(
             found.append(ModelScores(source=str(folder), folder=folder, scores=()))
             continue
         if len(folders) > 1 and on_message is not None:
-            on_message(f"evaluating {folder}")
+            on_message(f"evaluating {folder}{_without(options, folder=folder)}")
         request: dict[str, Any] = {
             "source": str(folder.absolute()),
             "tasks": [[str(path), path.read_text(encoding="utf-8")] for path, _ in loaded],
-            "step": options.step if (folder / "plan.json").is_file() else None,
-            "ema": options.ema,
+            "step": options.step if _is_run(folder) else None,
+            "ema": options.ema and _is_run(folder),
             "dtype": options.dtype,
             "limit": options.limit,
             "num_workers": options.num_workers,
@@ -156,8 +158,12 @@ def _require_effect(options: EvaluateOptions, *, has_run: bool, own: bool) -> No
         has_run: whether one of the models is that of a run.
         own: whether there are tasks other than those of lm-eval.
     """
-    if not has_run and options.step is not None:
-        raise ArgumentError("--step is for runs, and none is given; leave it out")
+    for option, is_given in (("--step", options.step is not None), ("--ema", options.ema and own)):
+        if is_given and not has_run:
+            raise ArgumentError(
+                f"{option} is for checkpoints of runs, and folders of weights have none; leave it out, or name "
+                "a run"
+            )
     if options.contamination and not (has_run and own):
         why = (
             "the training data of a folder of weights is not known"
@@ -169,10 +175,17 @@ def _require_effect(options: EvaluateOptions, *, has_run: bool, own: bool) -> No
         raise ArgumentError("lm-eval scores in one process; leave out --workers")
 
 
+def _without(options: EvaluateOptions, *, folder: Path) -> str:
+    """Which options do not apply to a folder of weights that is compared with runs, for a message."""
+    given = {"--step": options.step is not None, "--ema": options.ema}
+    unused = [option for option, is_given in given.items() if is_given and not _is_run(folder)]
+    return f", a folder of weights, without {' and '.join(unused)}" if unused else ""
+
+
 def _require_data(task: LoadedTask, *, folder: Path) -> None:
     """Raises: JobFileError if a task reads the held-out records of a run, and the model is a folder of weights."""
     spec = task.task
-    if (folder / "plan.json").is_file():
+    if _is_run(folder):
         return
     for key, data in (("data", spec.data), ("few_shot.data", spec.few_shot.data)):
         if data is not None and data.held_out:
@@ -233,7 +246,11 @@ def _compared(models: Sequence[ModelScores], *, tasks: Sequence[TaskSpec]) -> Co
 
 
 def _job(folder: Path) -> dict[str, Any] | None:
-    return written_job(read_plan(folder)) if (folder / "plan.json").is_file() else None
+    return written_job(read_plan(folder)) if _is_run(folder) else None
+
+
+def _is_run(folder: Path) -> bool:
+    return (folder / "plan.json").is_file()
 
 
 def _require_different(tasks: Sequence[tuple[Path, LoadedTask]]) -> None:

@@ -9,7 +9,8 @@ from pathlib import Path
 from forge.checkpoint.peft_folder import adapters_problem
 from forge.environment import expand_home
 from forge.errors import ArgumentError, printable
-from forge.runs.reader import find_run
+from forge.runs.checkpoints import CheckpointEntry, entries
+from forge.runs.reader import find_run, read_plan
 
 
 def find_model(name: str | Path, *, root: Path, marker: str = "config.json") -> Path:
@@ -29,6 +30,54 @@ def find_model(name: str | Path, *, root: Path, marker: str = "config.json") -> 
         return find_run(str(name), root=root)
     except ArgumentError as error:
         raise ArgumentError(_why_not(path, marker=marker, no_run=str(error))) from None
+
+
+def require_weights(
+    folder: Path, *, step: int | str | None = None, ema: bool = False, is_elsewhere: bool = False
+) -> None:
+    """Check, before torch is imported, that a folder of `find_model` has the weights that are asked for.
+
+    Args:
+        step: of a run's checkpoint, or `best`; None: the newest.
+        ema: whether its averaged (EMA) weights are asked for.
+        is_elsewhere: the checkpoints are read on another cluster, and are not looked for here. Those in object
+            storage never are.
+
+    Raises: ArgumentError for `step` or `ema` of a folder of weights, for a run without a checkpoint, and for one
+        whose checkpoint has no averaged weights; CheckpointError if its checkpoints cannot be listed.
+    """
+    if not (folder / "plan.json").is_file():
+        options = [option for option, is_given in (("--step", step is not None), ("--ema", ema)) if is_given]
+        if options:
+            raise ArgumentError(
+                f"{folder} is a folder of weights and not a run, so it has no steps and no averaged (EMA) weights; "
+                f"leave out {' and '.join(options)}, or name the run"
+            )
+        return
+    url = read_plan(folder).job.checkpoint.url_of(str(folder))
+    if is_elsewhere or "://" in url:
+        return
+    stored = list(entries(url, step=step)) if step is not None else _newest_usable(url)
+    if not stored:
+        raise ArgumentError(
+            f"{folder.name} has no checkpoint in {url}: the run has written none yet, or they were deleted or "
+            "moved; checkpoint.every of its job says when it writes one, and Ctrl-C in the run writes one"
+        )
+    if ema and stored[0].problem is None and not stored[0].has_average:
+        raise ArgumentError(
+            f"{stored[0].name} of {folder.name} has no averaged (EMA) weights: its job has no training.ema; leave "
+            "out --ema"
+        )
+
+
+def _newest_usable(url: str) -> list[CheckpointEntry]:
+    """The newest checkpoint that has all its files, or else the newest; none where there are none."""
+    newest: list[CheckpointEntry] = []
+    for entry in entries(url):
+        if entry.problem is None:
+            return [entry]
+        newest = newest or [entry]
+    return newest
 
 
 def _why_not(path: Path, *, marker: str, no_run: str) -> str:

@@ -156,7 +156,8 @@ def score(**changes: Any) -> TaskScore:
 @pytest.mark.parametrize(
     ("task", "options", "problem"),
     [
-        (None, {"step": 5}, "--step is for runs"),
+        (None, {"step": 5}, "--step is for checkpoints of runs, and folders of weights have none"),
+        (None, {"ema": True}, "--ema is for checkpoints of runs"),
         (None, {"contamination": True}, "--contamination would change nothing: the training data of a folder"),
         ("lm-eval:arc_easy", {"num_workers": 2}, "lm-eval scores in one process"),
     ],
