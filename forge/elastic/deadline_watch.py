@@ -123,13 +123,15 @@ class DeadlineWatch:
             step_worker_s: workers times seconds of a step; None if none was measured.
         """
         now = self._clock()
-        is_due = self._verdict is None and bool(state.assignment)  # the first forecast needs workers
+        has_workers, is_first = bool(state.assignment), math.isinf(self._checked_at)
+        lacks_choice = self._choice is None and self._machines is not None
+        is_due = has_workers and (self._verdict is None or lacks_choice)  # both need workers
         if now - self._checked_at < _EVERY_S and not is_due:
             return
         worker_s = step_worker_s or self._terms.step_worker_s
         if worker_s is None or state.is_stopping:
             return
-        passed_s = 0.0 if math.isinf(self._checked_at) else now - self._checked_at
+        passed_s = 0.0 if is_first else now - self._checked_at
         self._checked_at = now
         worker_s *= self._terms.overhead
         self._judge(now, worker_s=worker_s, num_workers=len(state.assignment), step=step)
@@ -137,7 +139,8 @@ class DeadlineWatch:
             return
         nodes = self._nodes(state, connections, passed_s=passed_s)
         situation = self._situation(now, nodes=nodes, worker_s=worker_s, step=step)
-        if self._machines is not None:
+        # On-demand machines that have not joined yet must not be limited to none.
+        if self._machines is not None and (has_workers or not is_first):
             self._choose(situation, nodes=nodes)
         else:
             self._num_found(situation, num_sought=situation.num_nodes)

@@ -168,6 +168,22 @@ def test_check__nothing_is_known_of_the_speed__waits() -> None:
     assert run.events == [] and run.limits.wanted is None
 
 
+def test_check__machines_have_not_joined_yet__are_not_limited_to_none() -> None:
+    run = Run(rents=True)
+    run.check(0.0, step=0, nodes="")
+    assert run.limits.wanted is None
+    run.check(0.001, step=0, nodes="o1 o2")  # at once, not with the next minute
+    assert run.limits.wanted == (4, 2)
+    resumed = Run(rents=True, was_met=True)
+    resumed.check(0.0, step=0, nodes="")
+    resumed.check(0.001, step=0, nodes="o1 o2")
+    assert resumed.limits.wanted == (4, 2)
+    alone = Run(rents=True)
+    alone.check(0.0, step=0, nodes="")
+    alone.check(0.02, step=0, nodes="")  # a minute later none has joined
+    assert alone.limits.wanted == (4, 0)
+
+
 def test_check__slack_left__rents_spot_machines_alone() -> None:
     run = Run(rents=True)
     run.check(0, step=0, nodes="s1 s2-")

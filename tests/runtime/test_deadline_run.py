@@ -15,7 +15,7 @@ from forge.elastic.states import MemberNode, MembershipState
 from forge.events import DeadlineForecast, Event
 from forge.runtime.deadlines import recorded_ends, watch_deadlines
 from forge.ui.run_view import RunView
-from tests.support.command import environment, forge
+from tests.support.command import environment, forge, wait_for
 from tests.support.elastic import write_job
 from tests.support.jobs import tiny_plan
 from tests.support.pages import own_text
@@ -150,6 +150,7 @@ def test_train__longer_than_max_hours__warns_alerts_and_goes_on(home: Path) -> N
     assert "resources.max_hours were over" in said and "the run goes on" in said
     (message,) = [json.loads(line) for line in (home / "pages.jsonl").read_text().splitlines()]
     assert message["kind"] == "late" and "resources.max_hours were over" in message["text"]
-    page_text = own_text(folder / "report.html")
-    assert 'class="card warn">resources.max_hours were over' in page_text and "delivered to command" in page_text
+    page, warning = folder / "report.html", 'class="card warn">resources.max_hours were over'
+    wait_for(lambda: warning in own_text(page), timeout_s=60)  # it is written after the client has ended
+    assert "delivered to command" in own_text(page)
     assert "resources.max_hours were over" in RunView(folder).state()["problem"]["max_hours"][0]
