@@ -27,6 +27,8 @@ from itertools import islice, pairwise
 
 from forge.chaos.simulation import Policy, SimulatedRun, SimulationSettings
 from forge.chaos.trace import NodeChange, Trace
+from forge.errors import ArgumentError
+from forge.units import counted
 
 
 def simulate(trace: Trace, policy: Policy, *, settings: SimulationSettings | None = None) -> SimulatedRun:
@@ -44,6 +46,16 @@ def simulate(trace: Trace, policy: Policy, *, settings: SimulationSettings | Non
             run.change(change)
     run.advance(trace.duration_s)
     return run.result()
+
+
+def require_trainable(trace: Trace, settings: SimulationSettings) -> None:
+    """Raises: ArgumentError if no run could train on the trace: it has no length, or never enough machines."""
+    if not trace.duration_s:
+        raise ArgumentError("the trace has a single time, so it lasts 0 s; a later line says how long it lasts")
+    for name, count in (("min_nodes", settings.min_nodes), ("num_nodes", settings.num_nodes or 1)):
+        if count > trace.max_nodes:
+            most = counted(trace.max_nodes, "machine")
+            raise ArgumentError(f"{name} of a simulation is {count:,}, but the trace has at most {most}")
 
 
 def _in_order(trace: Trace, *, notice_s: float | None) -> Iterator[tuple[float, NodeChange, bool]]:

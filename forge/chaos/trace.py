@@ -100,7 +100,8 @@ class TraceBuilder:
             raise ArgumentError(f"the time goes backwards, from {self._now_s:g} s to {at_s:g} s after the first")
         end_s = at_s + lasts_s
         if not (absolute_s >= 0 and lasts_s >= 0 and end_s <= MAX_DURATION_S):  # so nan fails too
-            raise ArgumentError(f"{absolute_s:g} s; expected 0 or more, at most ten years after the first")
+            lasting = f" for {lasts_s:g} s" if lasts_s else ""
+            raise ArgumentError(f"{absolute_s:g} s{lasting}; expected 0 or more, at most ten years after the first")
         if at_s > self._now_s:
             self._end_change()
         self._now_s, self._end_s = at_s, max(self._end_s, end_s)

@@ -17,6 +17,8 @@ from forge.errors import ArgumentError, printable
 
 _MAX_FILE_BYTES = 64 << 20
 _MAX_LINE_BYTES = 1 << 20
+_GZIP = b"\x1f\x8b"
+"""RFC 1952, section 2.3.1."""
 
 
 def read_trace(path: Path) -> Trace:
@@ -53,6 +55,8 @@ def _lines(path: Path) -> Iterator[tuple[str, str]]:
             while raw := file.readline(_MAX_LINE_BYTES + 1):
                 number, num_bytes = number + 1, num_bytes + len(raw)
                 place = f"{path}:{number}"
+                if number == 1 and raw.startswith(_GZIP):
+                    raise ArgumentError(f"{path} is compressed; decompress it first: gzip -dc FILE > trace.csv")
                 if len(raw) > _MAX_LINE_BYTES or num_bytes > _MAX_FILE_BYTES:
                     limits = f"{_MAX_LINE_BYTES >> 20} MiB in a line or {_MAX_FILE_BYTES >> 20} MiB in all"
                     raise ArgumentError(f"{place}: more than {limits}; expected a trace")

@@ -127,14 +127,18 @@ def simulate(
 
     Example:  forge chaos simulate trace.csv --step 12 --usd-per-node-hour 1.20
     """
+    from forge.chaos.simulate import require_trainable
     from forge.chaos.simulate import simulate as run
     from forge.chaos.simulation import POLICIES, SimulationSettings, read_policy
     from forge.chaos.trace_file import read_trace
     from forge.chaos.trace_scale import scale
     from forge.cli import display
     from forge.cli.simulation_table import SIMULATION_COLUMNS, simulation_row, simulation_settings_text
+    from forge.errors import ArgumentError
 
-    policies = [read_policy(name) for name in policy] if policy else list(POLICIES)
+    policies = list(dict.fromkeys(map(read_policy, policy))) if policy else list(POLICIES)
+    if fixed_nodes is not None and "rigid" not in policies:
+        raise ArgumentError("--fixed-nodes applies to the policy rigid only; add --policy rigid or leave it out")
     settings = SimulationSettings(
         step_s=step,
         total_steps=math.inf if steps is None else steps,
@@ -150,6 +154,7 @@ def simulate(
         settings = replace(settings, loss_pause_s=pause, planned_pause_s=pause)
     history = read_trace(_path_of(trace))
     history = history if nodes is None else scale(history, num_nodes=nodes)
+    require_trainable(history, settings)
     results = [run(history, each, settings=settings) for each in policies]
     if output is Output.JSON:
         display.print_json({"settings": asdict(settings), "runs": [asdict(result) for result in results]})

@@ -44,30 +44,41 @@ def prices(
     Example:  forge prices H100 --spot --max-interruption 10% --region eu
     """
     from forge.cli import display
-    from forge.errors import ArgumentError
-    from forge.pricing.choose import OfferFilter, find_offers
+    from forge.pricing.choose import OfferFilter, find_offers, unknown_interruptions
     from forge.pricing.offers import load_offers
-    from forge.units import parse_fraction
 
-    try:
-        share = None if max_interruption is None else parse_fraction(max_interruption)
-    except ValueError as error:
-        raise ArgumentError(f"--max-interruption {error}") from None
+    share = None if max_interruption is None else _share(max_interruption)
     wanted = OfferFilter(gpu=gpu, spot=spot, max_interruption=share, region=region)
     table = load_offers(refresh=refresh)
     found = find_offers(table.offers, wanted=wanted)
+    notes = [*unknown_interruptions(table.offers, wanted=wanted), *table.notes]
     if gpu is None:
         found = [one for number, one in enumerate(found) if one.gpu not in {other.gpu for other in found[:number]}]
     if output is Output.JSON:
-        display.print_json({"offers": [_record(offer) for offer in found], "notes": table.notes})
+        display.print_json({"offers": [_record(offer) for offer in found], "notes": notes})
         return
     _print_table(found[:limit], spot=spot)
     if len(found) > limit:
         display.message(f"{len(found) - limit} more places: --limit {len(found)}")
-    for note in table.notes:
+    for note in notes:
         display.message(note)
     if not refresh:
         display.next_command("forge prices --refresh", purpose="prices of today")
+
+
+def _share(text: str) -> float:
+    """Parse a share of at most 100 %. Raises: ArgumentError for anything else."""
+    from forge.errors import ArgumentError, printable
+    from forge.units import parse_fraction
+
+    shown = printable(text, limit=40)
+    try:
+        share = parse_fraction(text)
+    except ValueError as error:
+        raise ArgumentError(f"--max-interruption '{shown}' {error}") from None
+    if share > 1:
+        raise ArgumentError(f"--max-interruption {shown} is {share:,.0%}, more than all; write it like 10% or 0.1")
+    return share
 
 
 def _print_table(offers: Sequence[Offer], *, spot: bool) -> None:

@@ -104,6 +104,8 @@ class SizingRequest:
     region: str | None
     cluster: str | None
     write: Path | None
+    num_candidates: int | None
+    trace: Path | None
     refresh: bool
     output: Output
 
@@ -128,6 +130,7 @@ def plan_size(request: SizingRequest) -> None:
     from forge.plan.sizing import Goal, patient_run
     from forge.runs.scaling_runs import read_law
 
+    _require_effect(request)
     base = _base_job(request)
     require_sizable(base)
     vocab_size = vocab_size_of(base)
@@ -142,13 +145,13 @@ def plan_size(request: SizingRequest) -> None:
     run = patient_run(goal, ladders)
     path = request.write or Path(f"{sized_job(run, base=base)['name']}.yaml")
     text = job_comment(run) + dump_plain(sized_job(run, base=base))
-    _write_job(path, text)
+    is_replaced = _write_job(path, text)
     notes += sizing_notes(run)
     if request.output is Output.JSON:
         display.print_json(sizing_record(run, notes=notes) | {"job_file": str(path)})
     else:
         show_sizing(run, notes=notes)
-    display.message(f"wrote {path}")
+    display.message(f"{'replaced' if is_replaced else 'wrote'} {path}")
     display.next_command(f"forge plan {path}", purpose="plan it")
 
 
@@ -215,6 +218,19 @@ def scaling(
     display.next_command(f"forge plan --law {fit} --budget 100usd", purpose="size a model by it")
 
 
+def _require_effect(request: SizingRequest) -> None:
+    """Raises: BadParameter for an option that would be ignored."""
+    size = "a size is chosen first; give it to `forge plan` of the job file that is written"
+    ignored = {
+        "--candidates": (request.num_candidates, size),
+        "--trace": (request.trace, size),
+        "--set": (request.overrides and request.file is None, "there is no job FILE whose keys it overrides"),
+    }
+    for name, (is_given, reason) in ignored.items():
+        if is_given:
+            raise typer.BadParameter(reason, param_hint=name)
+
+
 def _base_job(request: SizingRequest) -> Mapping[str, Any]:
     from forge.config.load import load_job
     from forge.config.templates import with_templates
@@ -236,7 +252,14 @@ def _limit(request: SizingRequest) -> Limit:
     chosen = [(name, text) for name, text in given.items() if text is not None]
     if len(chosen) != 1:
         names = " and ".join(name for name, _ in chosen)
-        problem = f"{names} were given; " if chosen else ""
+        others = {
+            "--inference-tokens": request.inference_tokens,
+            "--law": request.law,
+            "--gpus": request.num_gpus,
+            "--write": request.write,
+        }
+        alone = next((name for name, value in others.items() if value is not None), "")
+        problem = f"{names} were given; " if chosen else f"{alone} is for choosing a size; "
         raise typer.BadParameter(f"{problem}give one of --budget, --flops and --hours", param_hint="--budget")
     name, text = chosen[0]
     if name == "--budget":
@@ -336,17 +359,20 @@ def _cluster_machines(name: str, *, offers: Sequence[Offer], spot: bool) -> list
     return offered_machines(found, spot=spot, num_machines=count)
 
 
-def _write_job(path: Path, text: str) -> None:
+def _write_job(path: Path, text: str) -> bool:
+    """Write the file, and return whether another one of `forge plan` was there."""
     from forge.errors import ArgumentError
     from forge.fs import write_atomic
     from forge.plan.sized_job import HEADER
 
     try:
-        if path.exists() and not path.read_text(errors="replace").startswith(HEADER):
+        former = path.read_text(errors="replace") if path.exists() else text
+        if not former.startswith(HEADER):
             raise ArgumentError(f"{path} exists and was not written by forge plan; give another --write FILE")
         write_atomic(path, text)
     except OSError as error:
         raise ArgumentError(f"{path} cannot be written: {error.strerror}") from error
+    return former != text
 
 
 def _asked_scales(

@@ -7,7 +7,7 @@ import math
 from forge.chaos.simulation import SimulatedRun, SimulationSettings
 from forge.chaos.trace import Trace
 from forge.report.text import number
-from forge.units import format_duration
+from forge.units import counted, format_duration
 
 SIMULATION_COLUMNS = (
     "policy",
@@ -48,7 +48,8 @@ def simulation_settings_text(settings: SimulationSettings, *, trace: Trace) -> s
     notice = "no notice" if settings.notice_s is None else f"{settings.notice_s:g} s notice"
     num_losses = sum(len(change.removed) for change in trace.changes)
     return (
-        f"{num_losses:,} losses in {format_duration(trace.duration_s)}, up to {trace.max_nodes:,} machines. "
+        f"{num_losses:,} {'loss' if num_losses == 1 else 'losses'} in {format_duration(trace.duration_s)}, up to "
+        f"{counted(trace.max_nodes, 'machine')}. "
         f"Assumed: {settings.step_s:g} s a step on all of them; elastic pauses {settings.loss_pause_s:g} s after a "
         f"loss and {settings.planned_pause_s:g} s otherwise, {notice}; a restart takes {settings.restart_s:g} s, a "
         f"checkpoint is made every {format_duration(settings.checkpoint_every_s)}"

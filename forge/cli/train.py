@@ -114,6 +114,8 @@ def plan(
         region=region,
         cluster=cluster,
         write=write,
+        num_candidates=candidates,
+        trace=trace,
         refresh=refresh,
         output=output,
     )

@@ -71,7 +71,8 @@ def several(offer: Offer, count: int, *, spot: bool) -> Machines:
         raise PlanError(f"forge does not know the GPU {offer.gpu!r}")
     price = offer.price(spot=spot)
     return Machines(
-        name=f"{count} x {offer.instance} ({offer.num_gpus} {gpu.name}), {offer.cloud} {offer.place}",
+        name=f"{count} x {offer.instance} ({offer.num_gpus} {gpu.name}), {'spot' if spot else 'on demand'}, "
+        f"{offer.cloud} {offer.place if spot else offer.region}",
         gpu=gpu,
         num_gpus=count * offer.num_gpus,
         interconnect=interconnect(gpus_per_node=offer.num_gpus, gbps=offer.inter_node_gbps),

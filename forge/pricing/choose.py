@@ -17,6 +17,7 @@ from forge.errors import ArgumentError
 from forge.plan.gpus import find_gpu
 from forge.pricing.catalog import area_of, catalog_table, workers_of
 from forge.pricing.offer import Offer
+from forge.units import counted
 
 TYPICAL_MFU = 0.45
 """Share of the peak that training uses: the median of 104 published measurements of 125M to 70B models on 8 to 512
@@ -54,6 +55,18 @@ def find_offers(offers: Sequence[Offer], *, wanted: OfferFilter) -> list[Offer]:
     return _cheapest_zones(priced, spot=wanted.spot)
 
 
+def unknown_interruptions(offers: Sequence[Offer], *, wanted: OfferFilter) -> tuple[str, ...]:
+    """Return the line that says which places a `max_interruption` left out because theirs is unknown, if any."""
+    if wanted.max_interruption is None:
+        return ()
+    priced = find_offers(offers, wanted=replace(wanted, max_interruption=None))
+    unknown = [offer for offer in priced if offer.interruption is None]
+    if not unknown:
+        return ()
+    clouds = ", ".join(sorted({offer.cloud for offer in unknown}))
+    return (f"left out: {counted(len(unknown), 'place')} whose interruptions are not published ({clouds})",)
+
+
 def matching_offers(offers: Sequence[Offer], *, wanted: OfferFilter) -> list[Offer]:
     """Return the offers of the GPU in the region, with a known price or not.
 
@@ -63,6 +76,8 @@ def matching_offers(offers: Sequence[Offer], *, wanted: OfferFilter) -> list[Off
     if wanted.gpu is not None:
         found = _of_gpu(found, gpu=wanted.gpu)
     if wanted.region is not None:
+        if not wanted.region.strip():
+            raise ArgumentError("the region is empty; give eu, us, asia, or the beginning of a region's name")
         found = _in_region(found, region=wanted.region, gpu=wanted.gpu)
     return found
 

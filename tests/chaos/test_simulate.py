@@ -193,7 +193,7 @@ def test_command__table__all_policies_and_what_was_assumed(tmp_path: Path) -> No
     done = CliRunner().invoke(app, ["chaos", "simulate", str(file), "--usd-per-node-hour", "2"])
     assert done.exit_code == 0, done.output
     assert all(policy in done.stdout for policy in POLICIES)
-    assert "1 losses in 15m" in done.stderr
+    assert "1 loss in 15m" in done.stderr
     assert "30 s notice" in done.stderr
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
 import statistics
@@ -177,7 +178,7 @@ WRONG = {
     "json, number without end": (f'[{"9" * 5000}, "add", {{"nodes": ["a"]}}]', 1, "inf s; expected"),
     "json, nan": ('[NaN, "add", {"nodes": ["a"]}]', 1, "nan s; expected 0 or more"),
     "json, negative time": ('[-5, "add", {"nodes": ["a"]}]', 1, "-0.005 s; expected 0 or more"),
-    "json, negative duration": ('[0, "add", {"nodes": ["a"], "duration": -5}]', 1, "expected 0 or more"),
+    "json, negative duration": ('[0, "add", {"nodes": ["a"], "duration": -5}]', 1, "0 s for -0.005 s; expected"),
     "json, bool": ('[true, "add", {"nodes": ["a"]}]', 1, "expected"),
     "json, no nodes": ('[0, "add", {}]', 1, "expected"),
     "json, number as a node": ('[0, "add", {"nodes": [7]}]', 1, "expected"),
@@ -209,6 +210,11 @@ def test_read_trace__no_node__is_rejected(tmp_path: Path, text: str) -> None:
     with pytest.raises(ArgumentError, match=": no node at any time; expected lines of `") as raised:
         read_trace(path)
     assert str(raised.value).startswith(f"{path}: ")
+
+
+def test_read_trace__compressed__says_how_to_decompress(tmp_path: Path) -> None:
+    with pytest.raises(ArgumentError, match="is compressed; decompress it first: gzip -dc"):
+        read_trace(write(tmp_path, gzip.compress(b"0,add,a\n")))
 
 
 def test_read_trace__no_file__is_rejected(tmp_path: Path) -> None:

@@ -55,7 +55,9 @@ def test_prices__limit__says_how_many_more() -> None:
     ("arguments", "message"),
     [
         (("H101",), "no cloud that forge knows sells the GPU 'H101'"),
-        (("H100", "--spot", "--max-interruption", "often"), "--max-interruption is not a fraction"),
+        (("H100", "--spot", "--max-interruption", "often"), "--max-interruption 'often' is not a fraction"),
+        (("H100", "--spot", "--max-interruption", "10"), "10 is 1,000%, more than all; write it like 10% or 0.1"),
+        (("H100", "--region", " "), "the region is empty"),
         (("H100", "--max-interruption", "10%"), "add --spot"),
     ],
 )
@@ -63,3 +65,10 @@ def test_prices__bad_input__is_an_argument_error(arguments: tuple[str, ...], mes
     result = prices(*arguments)
     assert isinstance(result.exception, ArgumentError)
     assert message in str(result.exception)
+
+
+def test_prices__max_interruption__says_whose_are_unknown() -> None:
+    result = prices("H100", "--spot", "--max-interruption", "10%", "-o", "json")
+    found = json.loads(result.stdout)
+    assert {offer["cloud"] for offer in found["offers"]} == {"aws"}
+    assert any("whose interruptions are not published (gcp)" in note for note in found["notes"])

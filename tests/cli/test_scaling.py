@@ -87,6 +87,17 @@ def test_plan__more_hours_than_the_largest_model_that_fits__says_so() -> None:
     assert "larger models do not fit on these GPUs, so 10,000.0 hours are not used up" in done.stderr
 
 
+def test_plan__spot_or_not__stands_beside_the_machines(folder: Path) -> None:
+    for options, kind in (((), "on demand"), (("--spot",), "spot")):
+        done = forge("plan", "--flops", "1e19", "--gpu", "L4", "-o", "json", *options)
+        assert f"({json.loads(done.stdout)['num_gpus']} L4), {kind}, " in json.loads(done.stdout)["machines"]
+
+
+def test_plan__written_again__says_that_the_file_is_replaced(folder: Path) -> None:
+    assert "wrote job.yaml" in forge("plan", "--flops", "1e19", "--write", "job.yaml").stderr
+    assert "replaced job.yaml" in forge("plan", "--flops", "2e19", "--write", "job.yaml").stderr
+
+
 def test_plan__law_of_own_runs__used_instead_of_the_published_one(folder: Path) -> None:
     write_law(folder / "law.yaml", fit_law(law_points()), runs=law_points())
     done = forge("plan", "--flops", "1e19", "--law", "law.yaml", "-o", "json")
@@ -114,7 +125,10 @@ def test_plan__file_of_somebody_else__not_overwritten(folder: Path) -> None:
         (("--hours", "soon", "--gpu", "H100", "--gpus", "8"), "is not a duration"),
         (("--budget", "5", "--flops", "1e20"), "give one of"),
         (("--gpu", "H100"), "give a job file"),
-        (("--gpus", "8"), "give one of"),
+        (("--gpus", "8"), "--gpus is for choosing a size; give one of"),
+        (("--budget", "5", "--trace", "spot.csv"), "--trace: a size is chosen first"),
+        (("--budget", "5", "--candidates", "5"), "--candidates: a size is chosen first"),
+        (("--budget", "5", "--set", "data.seq_len=512"), "--set: there is no job FILE"),
         (("--budget", "5", "--gpus", "0"), "at least 1"),
         (("--hours", "1h", "--gpu", "H100", "--gpus", "99999999"), "at most 16,384"),
         (("--budget", "5", "--inference-tokens", "many"), "is not a number"),
