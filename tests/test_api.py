@@ -16,7 +16,7 @@ from forge import api
 from forge.config.dump import dump_job
 from forge.errors import ArgumentError
 from forge.events import Evaluated, RunFinished, RunStopped, event_to_record
-from forge.inference.answer import AnswerConfig
+from forge.inference.answer_request import AnswerConfig
 from tests.support.checkpoints import write
 from tests.support.jobs import tiny_job
 from tests.support.runs import make_run, metrics

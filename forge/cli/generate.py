@@ -102,6 +102,7 @@ def generate(
     With --input and --output all prompts of a file are answered; started again, it continues where it was stopped.
     """
     from forge.cli import display
+    from forge.inference.answer_request import named_model
     from forge.runs.find_model import find_model, require_weights
     from forge.runtime.torch_subprocess import answer_prompts
 
@@ -121,22 +122,15 @@ def generate(
         **{"source": str(folder), "step": parse_step(step), "ema": ema, "dtype": dtype},
         **{"chat": is_chat, "system": system, "sampling": sampling},
     }
-    display.message(f"importing torch and transformers, then loading {_named(folder, step=parse_step(step))}")
     if input_file is not None:
         _answer_file(config, source=input_file, output=Path(output), num_workers=workers, cluster=cluster)
         return
+    display.message(f"importing torch and transformers, then loading {named_model(folder, step=parse_step(step))}")
     answer = answer_prompts(config, [prompt], on_message=display.message)
     if output == "json":
         display.print_json({**answer.pop("answers")[0], **answer, "prompt": prompt})
     else:
         _print(answer, prompt=prompt, is_chat=is_chat)
-
-
-def _named(folder: Path, *, step: int | str | None) -> str:
-    if not (folder / "plan.json").is_file():
-        return folder.name
-    which = "newest checkpoint" if step is None else "best checkpoint" if step == "best" else f"step {step}"
-    return f"the {which} of {folder.name}"
 
 
 def _check_sampling(given: Mapping[str, Any]) -> None:

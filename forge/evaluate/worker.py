@@ -9,7 +9,8 @@ from typing import Any
 
 from forge.data.conversations import Conversation
 from forge.errors import ArgumentError
-from forge.inference.answer import AnswerConfig, Answerer
+from forge.inference.answer import Answerer
+from forge.inference.answer_request import AnswerConfig
 from forge.inference.encode import classify, embed
 from forge.inference.generate import generate
 from forge.inference.loaded import LoadedModel, load

@@ -1,52 +1,30 @@
-"""Answers of a model to prompts given as JSON: texts, labels with probabilities, tokens for masks, or embeddings.
-
-A prompt is a string or an object: `{"prompt": TEXT}` (or `text`, `source`), `{"messages": [...], "tools": [...]}`
-for a chat model, `{"text": TEXT, "pair": TEXT}` for a classifier of pairs, `{"ids": [...]}` with token ids. An
-object may have an `id`, which its answer repeats.
+"""Answers of a model to prompts given as JSON (`forge.inference.answer_request`): texts, labels with probabilities,
+tokens for masks, or embeddings.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from typing import Any
 
-from forge.data.conversations import Conversation, is_list, message_list, message_of, tools_of
+from forge.data.conversations import Conversation, message_list, message_of, tools_of
 from forge.errors import ArgumentError, DataError
 from forge.foreign import from_record
+from forge.inference.answer_request import TEXT_KEYS, AnswerConfig, check_record, messages_key, require_known_ids
 from forge.inference.encode import Text, classify, embed
 from forge.inference.generate import generate
 from forge.inference.identity import WRITES
-from forge.inference.loaded import Dtype, LoadedModel, load
+from forge.inference.loaded import LoadedModel, load
 from forge.inference.masked import DEFAULT_CANDIDATES, fill_masks, masked_ids, require_masks
 from forge.inference.sampling import Generation, SamplingParams
 
-_TEXT_KEYS = ("prompt", "text", "source")
-_KEYS = {*_TEXT_KEYS, "messages", "tools", "pair", "ids", "id"}
 _SAMPLED = {"temperature": 0.8, "top_k": 50, "seed": 1}
 """How a causal language model samples unless the caller says otherwise; an encoder-decoder takes the likeliest."""
 _NEUTRAL = {"top_p": 1.0, "top_k": 0, "min_p": 0.0}
 """Fields of `SamplingParams` that say among which tokens one is drawn, with the values that exclude none."""
 _READ_PAIRS = ("classification", "token-classification", "reward")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AnswerConfig:
-    """The model and how it answers; JSON values only."""
-
-    source: str
-    """A folder as of `forge.inference.loaded.load`."""
-    step: int | str | None = None
-    ema: bool = False
-    dtype: Dtype = "fp32"
-    chat: bool = False
-    """Render prompts with the chat template, as a turn of the user."""
-    system: str | None = None
-    """The system message before each conversation."""
-    sampling: Mapping[str, Any] = field(default_factory=dict)
-    """Fields of `SamplingParams`; others have their defaults, but for those of drawing (`_SAMPLED`). Of a masked
-    language model `top_k` alone: how many tokens are given for each mask."""
 
 
 class Answerer:
@@ -113,21 +91,20 @@ class Answerer:
         is_chat = self.config.chat or self.config.system is not None
         if "pair" in fields_of and self.loaded.kind not in _READ_PAIRS:
             raise ValueError(f"a {self.loaded.kind} model reads one text, and no 'pair'")
-        if fields_of.get("tools") and not (is_chat or _messages_key(fields_of)):
+        if fields_of.get("tools") and not (is_chat or messages_key(fields_of)):
             raise ValueError("'tools' are for conversations: give messages, or --chat")
         if fields_of.get("ids") is not None:
-            if max(fields_of["ids"]) >= self.loaded.text_tokenizer.vocab_size:
-                raise ValueError(f"the tokenizer has {self.loaded.text_tokenizer.vocab_size} ids, from 0 on")
+            require_known_ids(fields_of, vocabulary=self.loaded.text_tokenizer.vocab_size)
             ids = list(fields_of["ids"])
             if self.loaded.kind == "masked-lm":
                 require_masks(self.loaded, ids)
             return ids
-        key = _messages_key(fields_of)
+        key = messages_key(fields_of)
         if key is not None and self.loaded.kind == "masked-lm":
             raise ValueError("a masked language model has no conversations; give a text with its mask token")
         if key is not None:
             return self._conversation(message_list(fields_of[key], key=key), tools=fields_of.get("tools"))
-        text = next(fields_of[key] for key in _TEXT_KEYS if key in fields_of)
+        text = next(fields_of[key] for key in TEXT_KEYS if key in fields_of)
         if is_chat:
             return self._conversation([message_of(text, role="user")], tools=fields_of.get("tools"))
         if self.loaded.kind == "masked-lm":
@@ -139,35 +116,6 @@ class Answerer:
         if system is not None and messages and messages[0]["role"] != "system":
             messages = [message_of(system, role="system"), *messages]
         return self.loaded.encode_chat(Conversation(messages=tuple(messages), tools=tools_of(tools)))
-
-
-def check_record(record: Any) -> None:
-    """Raises: ValueError unless a JSON value is a prompt."""
-    if isinstance(record, str):
-        return
-    if not isinstance(record, Mapping):
-        raise ValueError("a prompt must be a string or an object")
-    unknown = sorted(set(record) - _KEYS)
-    if unknown:
-        raise ValueError(f"unknown key {unknown[0]!r:.80}; the keys of a prompt are {', '.join(sorted(_KEYS))}")
-    given = [key for key in (*_TEXT_KEYS, "messages", "ids") if key in record]
-    if len(given) != 1:
-        raise ValueError(
-            f"give one of {', '.join(_TEXT_KEYS)}, messages or ids; it has {', '.join(given) or 'none'}"
-        )
-    value = record[given[0]]
-    if given[0] in ("text", "source") and not isinstance(value, str):
-        raise ValueError(f"{given[0]!r} must be a string")
-    if given[0] == "prompt" and not isinstance(value, str) and not is_list(value):
-        raise ValueError("'prompt' must be a string or a list of messages")
-    if given[0] == "ids" and not (is_list(value) and value and all(type(one) is int and one >= 0 for one in value)):
-        raise ValueError("'ids' must be a list of token ids")
-    if not isinstance(record.get("pair", ""), str):
-        raise ValueError("'pair' must be a string")
-    key = _messages_key(record)
-    if key is not None and not message_list(record[key], key=key):
-        raise ValueError(f"{key!r} has no messages")
-    tools_of(record.get("tools"))
 
 
 def sampling_of(given: Mapping[str, Any], *, loaded: LoadedModel) -> SamplingParams:
@@ -209,13 +157,6 @@ def _listed(names: Sequence[str]) -> str:
     """Fields of the sampling, as the options of `forge generate` that are called otherwise too."""
     options = {"num_beams": "num_beams (--beams)", "n": "n (-n)"}
     return ", ".join(options.get(name, f"{name} (--{name.replace('_', '-')})") for name in names)
-
-
-def _messages_key(fields_of: Mapping[str, Any]) -> str | None:
-    """The key of a prompt that has a list of messages."""
-    if "messages" in fields_of:
-        return "messages"
-    return "prompt" if is_list(fields_of.get("prompt")) else None
 
 
 def _plain(prompts: Sequence[Any]) -> list[str]:

@@ -19,7 +19,8 @@ from forge.config.job import JobSpec
 from forge.data.prepare import open_rows
 from forge.data.prompt import first_words, held_out_turn, sample_prompt
 from forge.errors import ArgumentError
-from forge.inference.answer import AnswerConfig, Answerer
+from forge.inference.answer import Answerer
+from forge.inference.answer_request import AnswerConfig
 from forge.inference.encode import embed
 from forge.inference.identity import KINDS, WRITES
 from forge.inference.loaded import LoadedModel

@@ -46,7 +46,7 @@ def answer_prompts(
     """Answer prompts with the model of a run or a folder.
 
     Args:
-        config: the fields of `forge.inference.answer.AnswerConfig`.
+        config: the fields of `forge.inference.answer_request.AnswerConfig`.
         records: prompts as of `forge.inference.answer`.
         on_message: called with what the model does otherwise than documented.
 
@@ -80,9 +80,10 @@ def answer_file(
             as it has CPUs or GPUs.
         cluster: name or file of a cluster; None: this machine.
         on_progress: called with the prompts (on Ray the shards of prompts) that are answered and those in all.
-        on_message: called with what happens to workers and the cluster, and with warnings about the model.
+        on_message: called when the model is loaded, with what happens to workers and the cluster, and with warnings
+            about the model.
 
-    Returns: as `answer_prompts`, with `num_answers` and `num_reused` in place of `answers`.
+    Returns: `num_answers`, `num_reused` and `answer_s`.
     Raises: as `answer_prompts`.
     """
     _require_trusted(config)

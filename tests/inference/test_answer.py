@@ -21,15 +21,19 @@ from transformers import (
 
 from forge.data.tokenizer import TextTokenizer, train_tokenizer
 from forge.errors import ArgumentError, DataError
-from forge.inference.answer import AnswerConfig, Answerer, check_record
+from forge.inference.answer import Answerer
+from forge.inference.answer_request import AnswerConfig, check_record
 from forge.inference.encode import classify
 from forge.inference.exact import exact_logits
+from forge.inference.identity import vocabulary_of
 from forge.inference.rows import widen_products
 from forge.inference.sequences import Chooser
-from forge.runtime import answer_process
-from forge.runtime.answer_process import count_records, shard_folder
+from forge.runtime import answer_files, answer_process
+from forge.runtime.answer_files import count_records, shard_folder
 from forge.runtime.shard_files import ShardFiles
 from tests.inference.conftest import TEXTS, write_model
+from tests.support.jobs import tiny_plan
+from tests.support.runs import make_run
 
 GREEDY: dict[str, Any] = {"temperature": 0.0, "max_tokens": 6}
 SIZES: dict[str, Any] = {
@@ -92,7 +96,7 @@ def test_answer__end_of_text_in_a_message__does_not_end_the_turn(answerer: Answe
 def test_count_records__line_that_has_no_clear_meaning__is_named(tmp_path: Path, line: bytes, problem: str) -> None:
     (tmp_path / "prompts.jsonl").write_bytes(b'\xef\xbb\xbf"a"\n\n' + line + b"\n")
     with pytest.raises(DataError, match=rf"prompts\.jsonl:3: {problem}"):
-        count_records(tmp_path / "prompts.jsonl")
+        count_records(tmp_path / "prompts.jsonl", model=str(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -253,7 +257,7 @@ class _Kept:
 def test_answer_file__stopped_and_started_again__has_the_answers_of_a_whole_run(
     llama_folder: Path, answerer: Answerer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(answer_process, "RECORDS_PER_SHARD", 3)
+    monkeypatch.setattr(answer_files, "RECORDS_PER_SHARD", 3)
     prompts: list[Any] = ["the", {"prompt": "a", "id": "x"}, "river", "old", {"text": "town"}, "b", "c"]
     source, output = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
     source.write_text("\n".join(map(json.dumps, prompts)) + "\n\n")
@@ -287,6 +291,41 @@ def test_answer_file__stopped_and_started_again__has_the_answers_of_a_whole_run(
     assert "exists; name another file" in again["error"]["message"]
 
 
+def test_answer_file__all_answers_are_stored__is_written_without_loading_the_model(
+    llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, output = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
+    source.write_text('"the"\n"a"\n')
+    config = {"source": str(llama_folder), "sampling": GREEDY}
+    request = {"config": config, "input": str(source), "output": str(output)}
+
+    def store() -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(answer_process, "join_shards", _stop)
+            assert run_process(monkeypatch, request)["error"]["message"] == "stopped"
+        assert not output.exists()
+
+    store()
+    with monkeypatch.context() as patch:
+        patch.setattr(Answerer, "__init__", _stop)
+        other = request | {"config": config | {"sampling": GREEDY | {"max_tokens": 5}}}
+        assert run_process(monkeypatch, other)["error"]["message"] == "stopped", (
+            "other sampling: the model is loaded"
+        )
+        found = run_process(monkeypatch, request)["answer"]
+    assert (found["num_answers"], found["num_reused"]) == (2, 2)
+    assert [json.loads(line)["index"] for line in output.read_text().splitlines()] == [0, 1]
+    assert not shard_folder(output).exists()
+    output.unlink()
+    store()
+    source.write_text('"the"\n"b"\n')
+    assert run_process(monkeypatch, request)["answer"]["num_reused"] == 0, "of another prompt"
+
+
+def _stop(*_: object, **__: object) -> None:
+    raise ArgumentError("stopped")
+
+
 def test_answer_file__another_process_answers_it__is_refused_and_the_folder_keeps_its_mode(
     llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -314,6 +353,26 @@ def test_answer_file__line_that_is_no_prompt__is_named_before_the_model_is_loade
     found = run_process(monkeypatch, request)["error"]
     assert found["class"] == "DataError"
     assert "prompts.jsonl:2: unknown key 'promt'" in found["message"]
+
+
+def test_answer_file__id_beyond_the_vocabulary__is_named_before_the_model_is_loaded(
+    llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Answerer, "__init__", _stop)
+    (tmp_path / "prompts.jsonl").write_text('"a"\n{"ids": [1, 2]}\n{"ids": [1, 99999]}\n')
+    request = {
+        "config": {"source": str(llama_folder)},
+        "input": str(tmp_path / "prompts.jsonl"),
+        "output": str(tmp_path / "answers.jsonl"),
+    }
+    found = run_process(monkeypatch, request)["error"]
+    size = vocabulary_of(llama_folder)
+    assert (
+        found["class"] == "DataError"
+        and f"prompts.jsonl:3: 'ids' has 99999, and the model's vocabulary has {size}" in found["message"]
+    )
+    run = make_run(tmp_path)
+    assert vocabulary_of(run) == tiny_plan().corpus.vocab_size
 
 
 def test_chooser__close_choice__is_noticed(answerer: Answerer) -> None:

@@ -13,8 +13,9 @@ import psutil
 import pytest
 from transformers import AutoConfig, MixtralConfig, MixtralForCausalLM
 
-from forge.inference.answer import AnswerConfig, Answerer
-from forge.runtime.answer_process import shard_folder
+from forge.inference.answer import Answerer
+from forge.inference.answer_request import AnswerConfig
+from forge.runtime.answer_files import shard_folder
 from forge.runtime.torch_subprocess import answer_file, answer_prompts
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]

@@ -24,7 +24,8 @@ from forge.data.formats.base import Example
 from forge.data.rows import IGNORED
 from forge.data.tokenizer import TextTokenizer, train_tokenizer
 from forge.errors import ArgumentError
-from forge.inference.answer import AnswerConfig, Answerer
+from forge.inference.answer import Answerer
+from forge.inference.answer_request import AnswerConfig
 from forge.inference.sample import shown_answer
 from forge.objective.registry import OBJECTIVES, SENTINELS
 from forge.plan.inputs import CorpusInfo

@@ -19,7 +19,8 @@ from forge.checkpoint.reader import open_checkpoint
 from forge.checkpoint.storage import open_storage
 from forge.config.model import ModelSpec
 from forge.errors import ForgeError
-from forge.inference.answer import AnswerConfig, Answerer
+from forge.inference.answer import Answerer
+from forge.inference.answer_request import AnswerConfig
 from forge.inference.checkpoint_model import load_model
 from forge.model.families.base import DataShape
 from forge.model.families.transformers_family import TransformersFamily

@@ -18,7 +18,8 @@ from forge.checkpoint.best import open_verified
 from forge.checkpoint.storage import open_storage
 from forge.config.data import DataSpec
 from forge.data.prepare import prepare
-from forge.inference.answer import AnswerConfig, Answerer
+from forge.inference.answer import Answerer
+from forge.inference.answer_request import AnswerConfig
 from forge.inference.checkpoint_model import load_model
 from forge.objective.registry import OBJECTIVES
 from forge.plan.inputs import CorpusInfo
