@@ -362,14 +362,14 @@ def _require_valid(settings: ServerSettings) -> None:
     """Raises: ArgumentError for a limit, adapter or address that cannot be used."""
     from forge.errors import ArgumentError
     from forge.serve.http.api_keys import KEYS_VARIABLE
-    from forge.serve.http.settings import require_authentication
+    from forge.serve.http.settings import require_authentication, require_certificate
 
     for each in fields(settings.limits):
         value = getattr(settings.limits, each.name)
         if value is not None and not 0 < value < float("inf"):
             raise ArgumentError(f"--{each.name.replace('_', '-')} must be a positive number")
-    if (settings.tls_cert is None) != (settings.tls_key is None):
-        raise ArgumentError("--tls-cert and --tls-key are needed together")
+    certificate, key = (None if path is None else Path(path) for path in (settings.tls_cert, settings.tls_key))
+    require_certificate(certificate, key)
     settings.named_adapters()
     has_keys = settings.keys_file is not None or bool(os.environ.get(KEYS_VARIABLE))
     require_authentication(settings, has_keys=has_keys)

@@ -37,7 +37,8 @@ def forge(*words: str) -> Any:
     [
         (["--host", "0.0.0.0"], "no API key is set"),
         (["--tokens-per-minute", "-1"], "must be a positive number"),
-        (["--tls-cert", "a.pem"], "needed together"),
+        (["--tls-cert", "a.pem"], "belong together"),
+        (["--tls-cert", "a.pem", "--tls-key", "b.pem"], "a.pem cannot be read"),
         (["--replicas", "many"], "--replicas"),
         (["--adapter", "alone"], "NAME=RUN"),
         (["--name", "../other"], "not a server's name"),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import signal
 import socket
+import subprocess
 from pathlib import Path
 
 import httpx
@@ -12,7 +14,8 @@ import pytest
 from typer.testing import CliRunner
 
 from forge.cli.app import app
-from forge.errors import ForgeError
+from forge.errors import ArgumentError, ForgeError
+from forge.serve.http.settings import require_certificate
 from forge.ui import server
 from tests.support.command import environment, start_forge
 from tests.support.runs import make_run
@@ -26,7 +29,11 @@ TOKEN = "a-token-of-more-than-20-characters"
         ("missing", "is no folder"),
         (". --cluster nowhere", "not a cluster that was started from here"),
         (". --tls-cert x.pem", "belong together"),
-        (". --host 256.0.0.1 --port 0", "cannot be listened on"),
+        (". --tls-cert x.pem --tls-key y.pem", "--tls-cert x.pem cannot be read: No such file"),
+        (". --tls-cert job.yaml --tls-key job.yaml", "cannot be used: "),
+        (". --host 256.0.0.1 --port 0", "give an address of this machine"),
+        (". --host 192.0.2.1 --port 0", "give an address of this machine"),
+        (". --allow-host https://forge.example", "is no name of a host: leave out scheme"),
         (". --port TAKEN", "choose another with --port"),
     ],
 )
@@ -34,11 +41,27 @@ def test_ui__wrong_input__is_refused(
     words: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "job.yaml").write_text("name: mine\n")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         done = CliRunner().invoke(app, ["ui", *words.replace("TAKEN", port).split()])
     assert isinstance(done.exception, ForgeError)
     assert expected in str(done.exception)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [("-nodes", None), ("-passout pass:secret", "has a password; write it without: openssl pkey")],
+)
+def test_require_certificate__key_with_or_without_a_password__never_asks(
+    options: str, expected: str | None, tmp_path: Path
+) -> None:
+    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -subj /CN=localhost -days 2"
+    command += f" -keyout key.pem -out certificate.pem {options}"
+    subprocess.run(command.split(), cwd=tmp_path, check=True, capture_output=True, stdin=subprocess.DEVNULL)
+    refused = contextlib.nullcontext() if expected is None else pytest.raises(ArgumentError, match=expected)
+    with refused:
+        require_certificate(tmp_path / "certificate.pem", tmp_path / "key.pem")
 
 
 def test_ui__short_token__is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import ipaddress
 import json
 import re
 import socket
+import ssl
 import sys
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
-from forge.errors import ArgumentError, ClusterError
+from forge.errors import ArgumentError, ClusterError, printable
 from forge.process import one_line
 from forge.serve.http.api_keys import KeyLimits
 
@@ -115,6 +118,11 @@ def named_host(header: str) -> str:
     return host.rpartition(":")[0] if re.search(r":\d+$", host) else host
 
 
+def is_host_name(text: str) -> bool:
+    """Whether a text is a host's name or address, as a `Host` header has it without its port."""
+    return re.fullmatch(r"[A-Za-z0-9_]([A-Za-z0-9_.-]{0,252})|\[?[0-9a-fA-F:.]{2,45}\]?", text) is not None
+
+
 def claim_address(host: str, port: int) -> socket.socket:
     """Claim an address for a server that does not listen yet: until one does, several could bind the same.
 
@@ -135,7 +143,7 @@ def claim_address(host: str, port: int) -> socket.socket:
 
 
 def listen_on(host: str, port: int) -> socket.socket:
-    """Take a port. Raises: ClusterError if that fails."""
+    """Take a port. Raises: ArgumentError for an address that is not of this machine; ClusterError if that fails."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -143,10 +151,41 @@ def listen_on(host: str, port: int) -> socket.socket:
         listener.bind((host.strip("[]"), port))
     except OSError as error:
         listener.close()
+        if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
+            raise ArgumentError(
+                f"--host {printable(host, limit=80)} cannot be listened on: {error.strerror}; give an address of "
+                "this machine, or 0.0.0.0 for all of them"
+            ) from error
         raise ClusterError(
             f"port {port} of {host} cannot be listened on: {error.strerror}; choose another with --port"
         ) from error
     return listener
+
+
+def require_certificate(certificate: Path | None, key: Path | None) -> None:
+    """Check that a certificate and its key can be used together.
+
+    Raises: ArgumentError if one is missing, is not in PEM form, needs a password, or is not of the other.
+    """
+    if (certificate is None) != (key is None):
+        raise ArgumentError("--tls-cert and --tls-key belong together")
+    if certificate is None or key is None:
+        return
+    for option, path in (("--tls-cert", certificate), ("--tls-key", key)):
+        try:
+            path.read_bytes()
+        except OSError as error:
+            raise ArgumentError(f"{option} {path} cannot be read: {error.strerror}") from error
+
+    def refuse() -> str:
+        raise ArgumentError(f"--tls-key {key} has a password; write it without: openssl pkey -in {key} -out FILE")
+
+    try:
+        # OpenSSL would ask for the password on the terminal.
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, password=refuse)
+    except ssl.SSLError as error:
+        reason = error.reason or "one of them is not in PEM form"
+        raise ArgumentError(f"--tls-cert {certificate} and --tls-key {key} cannot be used: {reason}") from error
 
 
 def require_authentication(settings: ServerSettings, *, has_keys: bool) -> None:
