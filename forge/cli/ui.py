@@ -44,21 +44,17 @@ def ui(
     Example:  forge ui runs --port 8400
     """
     from forge.cli import display
-    from forge.errors import ArgumentError, printable
+    from forge.errors import ArgumentError
     from forge.ui.server import require_packages, serve
 
     require_packages()
     from forge.serve.http.api_keys import new_key
-    from forge.serve.http.settings import is_host_name, is_loopback, listen_on, require_certificate
+    from forge.serve.http.settings import is_loopback, listen_on, require_certificate
     from forge.ui.access import TOKEN_VARIABLE
 
     if cluster is None and not folder.is_dir():
         raise ArgumentError(f"{folder.absolute()} is no folder; start a run: forge train jobs/pretrain.yaml")
     require_certificate(tls_cert, tls_key)
-    if wrong := [name for name in allow_host or () if not is_host_name(name)]:
-        raise ArgumentError(
-            f"--allow-host '{printable(wrong[0], limit=80)}' is no name of a host: leave out scheme, port and path"
-        )
     given = os.environ.pop(TOKEN_VARIABLE, "").strip() or None
     is_needed = token or given is not None or not is_loopback(host)
     chosen = (given or new_key()) if is_needed else None

@@ -35,7 +35,8 @@ class AlertsSpec(Section):
     credentials in its environment."""
 
     wandb: bool = False
-    """Send W&B alerts too, from the run that `tracking.wandb` writes."""
+    """Send W&B alerts too, from the run that `tracking.wandb` writes: with its mode `online` at once, with
+    `offline`, its default, not before `wandb sync`."""
 
     on: Strings = ALERT_KINDS
     """What is worth a message: `loss_spike`, `nan`, `stalled`, `budget` (50, 80 and 100 % of `resources.max_usd` or

@@ -76,6 +76,8 @@ class InterruptedRun:
     """Until machines are replaced; while a part of them is missing, that part of the time."""
 
 
+_MOST_HOURS = 876_000.0
+"""A hundred years; a run that takes longer, because its machines are hardly ever all there, does not end."""
 _ENDLESS = InterruptedRun(
     hours=math.inf,
     num_interruptions=math.inf,
@@ -113,7 +115,7 @@ def interrupted_run(
     # Of the whole time a share is paused, of the rest a share lacks machines, of that work a share is repeated.
     useful = capacity * paused * kept
     total = hours / useful if useful > 0 else math.inf
-    if math.isinf(total):
+    if total > _MOST_HOURS:
         return _ENDLESS
     return InterruptedRun(
         hours=total,

@@ -23,7 +23,8 @@ def alert_facts(plan: DraftPlan) -> list[tuple[str, str]]:
     if alerts.command is not None:
         receivers.append(f"command {printable(' '.join(alerts.command), limit=_MAX_CHARS)}")
     if alerts.wandb:
-        receivers.append("W&B")
+        offline = ", offline: none before wandb sync; tracking.wandb.mode: online sends them at once"
+        receivers.append(f"W&B{offline if plan.job.tracking.wandb.mode == 'offline' else ''}")
     kinds = set(alerts.kinds(is_search=plan.job.search is not None))
     kinds -= {"budget"} if plan.job.usd_limit is None else set()
     limits = (plan.job.resources.deadline, plan.job.resources.max_hours)

@@ -21,7 +21,7 @@ from starlette.responses import PlainTextResponse, RedirectResponse, Response
 
 from forge.errors import ArgumentError, printable
 from forge.serve.http.api_keys import digest_of
-from forge.serve.http.settings import SAFETY_HEADERS, is_loopback, named_host
+from forge.serve.http.settings import SAFETY_HEADERS, is_host_name, is_loopback, named_host
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -94,7 +94,8 @@ def token_access(host: str, port: int, *, token: str | None, more_hosts: Iterabl
     Args:
         token: None: there is none.
 
-    Raises: ArgumentError if the token could be guessed, or is missing where other machines reach the server.
+    Raises: ArgumentError if the token could be guessed, or is missing where other machines reach the server, or if
+        another name is none.
     """
     if token is not None and len(token) < _MIN_CHARS:
         raise ArgumentError(
@@ -102,8 +103,12 @@ def token_access(host: str, port: int, *, token: str | None, more_hosts: Iterabl
         )
     if token is None and not is_loopback(host):
         raise ArgumentError(f"a server at {host} is reached by other machines, and needs a token")
+    names = frozenset(map(str.lower, more_hosts))
+    if wrong := sorted(name for name in names if not is_host_name(name)):
+        named = printable(wrong[0], limit=80)
+        raise ArgumentError(f"--allow-host '{named}' is no name of a host: leave out scheme, port and path")
     digest = None if token is None else digest_of(token)
-    return Access(host=host, port=port, token_digest=digest, more_hosts=frozenset(map(str.lower, more_hosts)))
+    return Access(host=host, port=port, token_digest=digest, more_hosts=names)
 
 
 class AccessGuard:

@@ -33,7 +33,7 @@ TOKEN = "a-token-of-more-than-20-characters"
         (". --tls-cert job.yaml --tls-key job.yaml", "cannot be used: "),
         (". --host 256.0.0.1 --port 0", "give an address of this machine"),
         (". --host 192.0.2.1 --port 0", "give an address of this machine"),
-        (". --allow-host https://forge.example", "is no name of a host: leave out scheme"),
+        (". --port 0 --allow-host https://forge.example", "is no name of a host: leave out scheme"),
         (". --port TAKEN", "choose another with --port"),
     ],
 )

@@ -41,7 +41,7 @@ def plan_of(loaded: LoadedJob) -> Any:
     import dataclasses
 
     plan = tiny_plan()
-    job = plan.job.model_copy(update={"alerts": loaded.job.alerts})
+    job = plan.job.model_copy(update={"alerts": loaded.job.alerts, "tracking": loaded.job.tracking})
     return dataclasses.replace(plan, job=job, templates=loaded.templates)
 
 
@@ -146,12 +146,20 @@ def test_alerts__that_cannot_be__are_refused_with_their_line(
 
 
 def test_plan__with_alerts__lists_receivers_and_the_kinds_that_can_occur(tmp_path: Path) -> None:
-    loaded = load(tmp_path, "alerts: {wandb: true, command: [/bin/cat], webhook: 'http://127.0.0.1:9/s3cr3tpath'}")
+    alerts = "alerts: {wandb: true, command: [/bin/cat], webhook: 'http://127.0.0.1:9/s3cr3tpath'}"
+    loaded = load(tmp_path, f"{alerts}\ntracking: {{wandb: {{mode: online}}}}")
     ((name, text),) = alert_facts(plan_of(loaded))
     assert name == "alerts"
     assert text == (
         "webhook of 127.0.0.1, command /bin/cat, W&B: loss_spike, nan, stalled, preempted, finished, failed"
     )
+
+
+def test_plan__with_wandb_alerts_of_an_offline_run__says_that_none_is_sent_before_the_upload(
+    tmp_path: Path,
+) -> None:
+    ((_, text),) = alert_facts(plan_of(load(tmp_path, "alerts: {wandb: true}")))
+    assert text.startswith("W&B, offline: none before wandb sync; tracking.wandb.mode: online sends them at once: ")
 
 
 def test_plan__with_alerts_of_every_kind_and_no_budget__is_read_back(tmp_path: Path) -> None:

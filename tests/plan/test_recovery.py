@@ -47,6 +47,14 @@ def test_interrupted_run__half_of_the_machines_to_be_had__takes_twice_as_long() 
     assert (run.hours, run.waiting_hours) == (20.0, 10.0)
 
 
+def test_interrupted_run__all_of_2048_machines_needed__never_ends() -> None:
+    """All are there for e^(-0.61 h⁻¹ · 600 s · 2048) of the time: 10^-90 of it."""
+    run = interrupted_run(
+        1.0, num_machines=2048, min_machines=2048, losses_per_hour=0.61, start_s=600.0, costs=PAUSE
+    )
+    assert run.hours == math.inf
+
+
 def test_interrupted_run__losses_faster_than_starts__never_ends() -> None:
     run = interrupted_run(1.0, num_machines=9, min_machines=9, losses_per_hour=1e4, start_s=600.0, costs=PAUSE)
     assert run.hours == math.inf
