@@ -20,6 +20,7 @@ from forge.cli.options import ClusterOption, DetachOption, Output, OutputOption,
 from forge.cli.serve_table import server_facts, server_record, server_row
 
 if TYPE_CHECKING:
+    from forge.runtime.servers import ServerStatus
     from forge.serve.http.settings import ServerSettings
     from forge.units import Range
 
@@ -143,7 +144,7 @@ def stop(
         process.request_stop()
     display.message(f"stopping '{server.name}': running requests are finished first")
     process.wait()
-    display.message(f"stopped: {find_any_server(server.name).message}")
+    display.message(_stopped(find_any_server(server.name)))
 
 
 @app.command("logs")
@@ -313,7 +314,11 @@ def _follow(name: str) -> None:
     server = find_any_server(name)
     if server.state in ("failed", "died"):
         raise RunError(f"the server {server.state}: {server.message or 'see forge serve logs'}")
-    display.message(f"stopped: {server.message}")
+    display.message(_stopped(server))
+
+
+def _stopped(server: ServerStatus) -> str:
+    return f"stopped: {server.message.removeprefix('stopped ')}"
 
 
 def _stop(name: str) -> None:

@@ -71,12 +71,21 @@ class ChatEncoder:
         except RecursionError:
             raise ValueError("the conversation is nested too deeply") from None
 
-    def prompt(self, conversation: Conversation) -> list[int]:
-        """Encode a conversation with what asks for the next turn of the assistant. Raises: ValueError as `chat`."""
+    def prompt(self, conversation: Conversation, *, call: str | None = None) -> list[int]:
+        """Encode a conversation with what asks for the next turn of the assistant.
+
+        Args:
+            call: a function that the turn calls: its call is begun, up to the arguments.
+
+        Raises: ValueError as `chat`; CallFormError as `ChatTemplate.begun_call`.
+        """
         assert self._template is not None, "conversations need a template"
         try:
             stand_ins = _stand_ins(conversation, names=self._names)
-            text = self._template.render_prompt(_replaced(conversation, stand_ins))
+            replaced = _replaced(conversation, stand_ins)
+            text = self._template.render_prompt(replaced)
+            if call is not None:
+                text += self._template.begun_call(replaced, function=call)
             self._require_text(text)
             ids, _ = self._encode(text, names={character: name for name, character in stand_ins.items()})
             return [int(token) for token in ids]

@@ -36,6 +36,9 @@ Turns = Literal["all", "last"] | int
 """Which turns of the assistant carry loss; a number: the last ones, so many."""
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_ARGUMENT = "forge_argument"
+_BEGUN_CALL = re.compile(r'\s*(?:<tool_call>\s*)?\{\s*"name":\s*"(?P<name>[^"]+)",\s*"(?:arguments|parameters)":')
+"""The beginning of a call in the forms that `forge.serve.http.tool_calls` reads."""
 _TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _MAX_TEXT_CHARS = 1 << 26
 """A conversation renders to less than a few times its own length; a template with a loop can write without end."""
@@ -51,6 +54,10 @@ _MAX_RENDER_BYTES = 2**30
 
 class TemplateTooSlowError(Exception):
     """A template was stopped at its time limit."""
+
+
+class CallFormError(ValueError):
+    """A chat template writes calls of functions in a form that is not read."""
 
 
 @contextmanager
@@ -126,6 +133,37 @@ class ChatTemplate:
                 return self._text(conversation, messages=conversation.messages, add_generation_prompt=True)
         except (TemplateTooSlowError, MemoryError):
             raise ValueError(f"the chat template takes more than {MAX_RENDER_S:.0f} s or 1 GB for it") from None
+
+    def begun_call(self, conversation: Conversation, *, function: str) -> str:
+        """What the assistant's next turn begins with if it calls a function, up to the call's arguments.
+
+        The template renders a call with one known argument: what stands before the object of the arguments is how
+        models that were trained with this template begin the call.
+
+        Raises: ValueError as `render`; CallFormError if the template writes no call with the name before the
+            arguments, as a JSON object alone or in `<tool_call>`.
+        """
+        asked = self.render_prompt(conversation)
+        call = {"name": function, "arguments": {_ARGUMENT: 1}}
+        message = {
+            "role": ASSISTANT,
+            "content": "",
+            "tool_calls": [{"id": "call00000", "type": "function", "function": call}],
+        }
+        try:
+            with limited():
+                whole = self._text(conversation, messages=[*conversation.messages, message])
+        except (TemplateTooSlowError, MemoryError):
+            raise ValueError(f"the chat template takes more than {MAX_RENDER_S:.0f} s or 1 GB for it") from None
+        turn = whole.removeprefix(asked)
+        begun = turn[: turn.find(_ARGUMENT)].rpartition("{")[0].rstrip()
+        found = _BEGUN_CALL.fullmatch(begun)
+        if turn == whole or found is None or found["name"] != function:
+            raise CallFormError(
+                "the chat template writes no call of a function in a form that is read: <tool_call> with a JSON "
+                "object, or the object alone, with the name before the arguments"
+            )
+        return begun
 
     def _render(self, conversation: Conversation, *, turns: Turns) -> list[RenderedChat]:
         messages = conversation.messages

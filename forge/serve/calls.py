@@ -57,6 +57,8 @@ class GenerateCall:
     prompt: str | tuple[int, ...] | None = None
     messages: tuple[Mapping[str, Any], ...] = ()
     tools: tuple[Mapping[str, Any], ...] = ()
+    function: str | None = None
+    """Which of the tools the text has to call: it begins with the arguments of the call."""
     flush_s: float = 0.0
     """Shortest time between two pieces, except at the end."""
 

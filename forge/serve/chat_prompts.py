@@ -18,7 +18,7 @@ from dataclasses import asdict
 from typing import Any
 
 from forge.data.chat_encoder import ChatEncoder
-from forge.data.chat_template import MAX_RENDER_S, ChatTemplate
+from forge.data.chat_template import MAX_RENDER_S, CallFormError, ChatTemplate
 from forge.data.conversations import Conversation
 from forge.data.tokenizer import TextTokenizer
 from forge.environment import child_environment
@@ -56,14 +56,24 @@ class ChatPrompts:
         self._lock = threading.Lock()
 
     async def encode(
-        self, messages: Sequence[Mapping[str, Any]], *, tools: Sequence[Mapping[str, Any]]
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]],
+        call: str | None = None,
     ) -> list[int]:
         """Return the ids of a conversation and of what asks for the next turn of the assistant.
 
-        Raises: ValueError if the template refuses the conversation, or takes too long for it; LongChatError.
+        Args:
+            call: the function that it has to call; the ids end with what begins the call.
+
+        Raises: ValueError if the template refuses the conversation, or takes too long for it; LongChatError;
+            CallFormError if the template writes calls in a form that is not read.
         """
-        line = json.dumps({"messages": list(messages), "tools": list(tools)})
+        line = json.dumps({"messages": list(messages), "tools": list(tools), "call": call})
         answer = await asyncio.to_thread(self._ask, line)
+        if "call_error" in answer:
+            raise CallFormError(answer["call_error"])
         if "error" in answer:
             raise ValueError(answer["error"])
         if "num_tokens" in answer:
@@ -133,8 +143,10 @@ def main() -> None:
         given = json.loads(line)
         try:
             found = Conversation(messages=tuple(given["messages"]), tools=tuple(given["tools"]))
-            ids = encoder.prompt(found)
+            ids = encoder.prompt(found, call=given["call"])
             answer: dict[str, Any] = {"ids": ids} if len(ids) <= setup["max_tokens"] else {"num_tokens": len(ids)}
+        except CallFormError as error:
+            answer = {"call_error": str(error)}
         except ValueError as error:
             answer = {"error": one_line(error)}
         stdout.write(json.dumps(answer) + "\n")

@@ -9,6 +9,7 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
+from forge.data.chat_template import CallFormError
 from forge.errors import ArgumentError, DivergedError
 from forge.inference.adapters import load_adapters
 from forge.inference.encode import classify_each, embed_each
@@ -259,9 +260,15 @@ class ModelService:
         if call.messages:
             assert self._chats is not None, "the route requires a template"
             try:
-                return await self._chats.encode(call.messages, tools=call.tools)
+                return await self._chats.encode(call.messages, tools=call.tools, call=call.function)
             except LongChatError as error:
                 raise self._too_long(call, error.num_tokens) from error
+            except CallFormError as error:
+                raise ApiError(
+                    f"a call cannot be made certain: {error}; send tool_choice auto, and ask for it in a message",
+                    code="unsupported_parameter",
+                    param="tool_choice",
+                ) from error
             except ValueError as error:
                 raise ApiError(str(error), code="invalid_messages", param="messages") from error
         if isinstance(call.prompt, str):

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from forge.data import chat_template
-from forge.data.conversations import conversation_of
+from forge.data.conversations import Conversation, conversation_of
 from forge.data.formats.base import ChatSettings, Example, FormatContext
 from forge.data.formats.chat import ChatFormat
 from forge.data.rows import IGNORED
@@ -440,3 +440,40 @@ def test_chat__tokenizer_without_a_template__is_refused_with_what_to_do(folder: 
     )
     with pytest.raises(DataError, match=r"^data\.format: .*need a chat template.*data\.chat\.template"):
         ChatFormat(context)
+
+
+QWEN_2 = (
+    "{%- for m in messages %}{%- if m.role == 'assistant' %}{{- '<|im_start|>assistant' }}"
+    "{%- if m.content %}{{- '\n' + m.content }}{%- endif %}{%- for c in m.tool_calls or [] %}"
+    '{{- \'\n<tool_call>\n{"name": "\' + c.function.name + \'", "arguments": \' }}'
+    "{{- c.function.arguments | tojson }}{{- '}\n</tool_call>' }}{%- endfor %}{{- '<|im_end|>\n' }}"
+    "{%- else %}{{- '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{%- endif %}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"
+)
+LLAMA_3 = (
+    "{% for m in messages %}{{ '<|start|>' + m.role + '\n\n' }}{% if m.tool_calls %}"
+    '{{ \'{"name": "\' + m.tool_calls[0].function.name + \'", "parameters": \' }}'
+    "{{ m.tool_calls[0].function.arguments | tojson }}{{ '}' }}{% else %}{{ m.content }}{% endif %}{{ '<|end|>' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|start|>assistant\n\n' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("source", "begun"),
+    [
+        (QWEN_2, '<tool_call>\n{"name": "now", "arguments":'),
+        (LLAMA_3, '{"name": "now", "parameters":'),
+        (CHATML, None),  # writes no calls
+        (CALLS_TOOLS, None),  # in <call>
+        (LLAMA_3.replace("name", "function", 1), None),
+        (DROPS_REASONING, None),
+    ],
+)
+def test_begun_call__template__is_what_it_writes_before_the_arguments(source: str, begun: str | None) -> None:
+    template = chat_template.ChatTemplate(source=source, variables={}, special_tokens=())
+    asked = Conversation(messages=({"role": "user", "content": "forge_argument {"},))
+    if begun is not None:
+        assert template.begun_call(asked, function="now") == begun
+        return
+    with pytest.raises(chat_template.CallFormError, match="writes no call of a function in a form that is read"):
+        template.begun_call(asked, function="now")

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from forge.serve.calls import TextDelta, TokenScore
-from forge.serve.http.tool_calls import ToolCallParser
+from forge.serve.http.tool_calls import BegunCallParser, ToolCallParser
 
 
 @dataclass(slots=True, kw_only=True)
@@ -20,7 +20,7 @@ class AnswerChoice:
     scores: list[TokenScore] = field(default_factory=list)
     finish_reason: str | None = None
     num_tokens: int = 0
-    parser: ToolCallParser | None = None
+    parser: ToolCallParser | BegunCallParser | None = None
     calls: list[dict[str, Any]] = field(default_factory=list)
 
     def add(self, delta: TextDelta) -> str:
@@ -31,7 +31,7 @@ class AnswerChoice:
             if self.parser is not None:
                 rest, self.calls = self.parser.finish()
                 content += rest
-                if self.calls:
+                if self.calls and not (delta.finish_reason == "length" and self.parser.is_cut):
                     self.finish_reason = "tool_calls"
         self.text += content
         self.scores += delta.scores

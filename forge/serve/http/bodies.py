@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from forge.errors import printable
 from forge.foreign import parse_json
 from forge.serve.http.errors import ApiError
 
@@ -25,6 +26,7 @@ _MAX_CANDIDATES = 1000
 _MAX_SEED = 2**63 - 1
 
 _Item = TypeVar("_Item")
+_MOST_NAMED = 5
 _MAX_FIELDS = 64
 """Of one object: each unknown one would be an error of its own, which costs many times the memory of its text."""
 
@@ -194,6 +196,19 @@ class OfferedTool(_Strict):
     function: FunctionTool
 
 
+class ChosenFunction(_Strict):
+    """The function of a `ChosenTool`."""
+
+    name: str
+
+
+class ChosenTool(_Strict):
+    """A function that the model has to call."""
+
+    type: Literal["function"]
+    function: ChosenFunction
+
+
 class ChatBody(_Sampled):
     """`/v1/chat/completions`."""
 
@@ -203,7 +218,7 @@ class ChatBody(_Sampled):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=_MAX_LOGPROBS)] | None = None
     tools: Annotated[Items[OfferedTool], Field(max_length=128)] | None = None
-    tool_choice: Literal["none", "auto", "required"] | dict[str, Any] | None = None
+    tool_choice: Literal["none", "auto", "required"] | ChosenTool | None = None
     parallel_tool_calls: bool | None = None
     response_format: dict[str, Any] | None = None
     modalities: Items[str] | None = None
@@ -214,7 +229,6 @@ class ChatBody(_Sampled):
             "response_format": ({"type": "text"},),
             "modalities": (["text"],),
             "reasoning_effort": (),
-            "tool_choice": ("none", "auto"),
         }
 
     def require_supported(self) -> None:
@@ -227,6 +241,32 @@ class ChatBody(_Sampled):
             raise ApiError(problem, code="invalid_value", param="max_tokens")
         if self.top_logprobs is not None and not self.logprobs:
             raise ApiError("top_logprobs requires logprobs: true", code="invalid_value", param="top_logprobs")
+
+    def called_function(self) -> str | None:
+        """The function that the answer has to call, by `tool_choice`; None: none, or as the model decides.
+
+        Raises: ApiError if it is not among the tools, or `required` leaves the choice between several.
+        """
+        if self.tool_choice in (None, "none", "auto"):
+            return None
+        names = [tool.function.name for tool in self.tools or ()]
+        if not names:
+            raise ApiError("tool_choice requires tools", code="invalid_value", param="tool_choice")
+        listed = ", ".join(names[:_MOST_NAMED]) + (", ..." if len(names) > _MOST_NAMED else "")
+        if isinstance(self.tool_choice, ChosenTool):
+            name = self.tool_choice.function.name
+            if name not in names:
+                problem = f"tool_choice names {printable(name, limit=64)}, which is not in tools: {listed}"
+                raise ApiError(problem, code="invalid_value", param="tool_choice")
+            return name
+        if len(set(names)) > 1:
+            problem = (
+                f"tool_choice required is supported with one tool, and tools has {len(names)} ({listed}): forge "
+                "begins a call with the function's name, which the model would have to choose; send "
+                f'{{"type": "function", "function": {{"name": "{names[0]}"}}}}, or auto'
+            )
+            raise ApiError(problem, code="unsupported_parameter", param="tool_choice")
+        return names[0]
 
 
 class EmbeddingBody(_Body):

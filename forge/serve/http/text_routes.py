@@ -22,7 +22,7 @@ from forge.serve.http.errors import ApiError
 from forge.serve.http.generation import Usage
 from forge.serve.http.guard import ClientGoneError
 from forge.serve.http.serving import Serving
-from forge.serve.http.tool_calls import ToolCallParser
+from forge.serve.http.tool_calls import CALL_END, BegunCallParser, ToolCallParser
 
 _T = TypeVar("_T")
 _STREAM_FLUSH_S = 0.04
@@ -60,22 +60,28 @@ async def answer_chat(body: ChatBody, request: Request, *, serving: Serving) -> 
     tools = body.tools if body.tools and body.tool_choice != "none" else None
     if tools and not info.takes_tools:
         raise ApiError(f"the chat template of {body.model} takes no tools", code="no_tools", param="tools")
+    function = body.called_function()
     options = _options(
         body,
         max_tokens=body.max_completion_tokens or body.max_tokens,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
     )
+    if function is not None:
+        options = replace(options, stop=(*options.stop, CALL_END))
     call = GenerateCall(
         request_id=request.state.entry["id"],
         model=body.model,
         options=options,
         messages=tuple(_message(each) for each in body.messages),
         tools=tuple(each.model_dump(exclude_none=True) for each in tools or ()),
+        function=function,
     )
     names = frozenset(each.function.name for each in tools or ())
     form = _form("chat", "chatcmpl", body, serving=serving, wants_scores=bool(body.logprobs))
 
     def new_choice(index: int) -> AnswerChoice:
+        if function is not None:
+            return AnswerChoice(index=index, parser=BegunCallParser(function))
         return AnswerChoice(index=index, parser=ToolCallParser(names) if tools else None)
 
     answer = _Answer(body, request, serving=serving, form=form, echoes=[], new_choice=new_choice)

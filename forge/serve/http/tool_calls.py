@@ -11,11 +11,14 @@ import secrets
 from collections.abc import Mapping
 from typing import Any
 
-_OPEN, _CLOSE = "<tool_call>", "</tool_call>"
+_OPEN, CALL_END = "<tool_call>", "</tool_call>"
 
 
 class ToolCallParser:
     """Separates the calls in one text from its content, piece by piece."""
+
+    is_cut = False
+    """Whether the last call lacks its end; such a one is content."""
 
     def __init__(self, names: frozenset[str]) -> None:
         """Args:
@@ -46,7 +49,7 @@ class ToolCallParser:
         held = self._held
         if not held.lstrip().startswith((_OPEN, "{")):
             return held, []
-        parts = [part.partition(_CLOSE)[0] for part in held.split(_OPEN)[1:]] if _OPEN in held else [held]
+        parts = [part.partition(CALL_END)[0] for part in held.split(_OPEN)[1:]] if _OPEN in held else [held]
         calls = [self._call(part) for part in parts]
         found = [call for call in calls if call is not None]
         return ("", found) if found and len(found) == len(calls) else (held, [])
@@ -63,8 +66,39 @@ class ToolCallParser:
         written = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
         if not _is_utf8(written):
             return None  # half a surrogate pair, by an escape of JSON: the answer could not be sent
-        function = {"name": name, "arguments": written}
-        return {"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": function}
+        return _called(name, arguments=written)
+
+
+class BegunCallParser:
+    """Takes a text that goes on where its prompt began the call of a function: the arguments."""
+
+    def __init__(self, name: str) -> None:
+        self._name, self._held = name, ""
+        self.is_cut = False
+
+    def feed(self, text: str) -> str:
+        """Take the next piece. Returns: no content."""
+        self._held += text
+        return ""
+
+    def finish(self) -> tuple[str, list[dict[str, Any]]]:
+        """End the text, and set `is_cut`. Returns: no content, and the call.
+
+        Its arguments are the first JSON object, as it was written. A model may write none, or `max_tokens` may cut
+        it; then they are the text, which clients of OpenAI's API have to expect too.
+        """
+        text = self._held.lstrip()
+        try:
+            _, end = json.JSONDecoder().raw_decode(text)
+        except (ValueError, RecursionError):
+            end = 0
+        self.is_cut = not (end > 0 and text.startswith("{"))
+        return "", [_called(self._name, arguments=text if self.is_cut else text[:end])]
+
+
+def _called(name: str, *, arguments: str) -> dict[str, Any]:
+    function = {"name": name, "arguments": arguments}
+    return {"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": function}
 
 
 def _is_utf8(text: str) -> bool:

@@ -21,6 +21,7 @@ from forge.process import free_port
 from forge.serve.calls import GenerateCall, ReplicaLostError, TextDelta, TextOptions
 from forge.serve.http import api_keys
 from forge.serve.http.admission import Admission
+from forge.serve.http.answers import AnswerChoice
 from forge.serve.http.api_keys import (
     KEYS_VARIABLE,
     ApiKey,
@@ -46,7 +47,7 @@ from forge.serve.http.settings import (
     settings_to_json,
 )
 from forge.serve.http.telemetry import Telemetry
-from forge.serve.http.tool_calls import ToolCallParser
+from forge.serve.http.tool_calls import BegunCallParser, ToolCallParser
 
 NO_LIMITS = KeyLimits()
 
@@ -293,6 +294,29 @@ def test_tool_calls__in_pieces_of_any_size__are_separated_from_text(
     rest, calls = parser.finish()
     assert (shown + rest, len(calls)) == (content, num_calls)
     assert all(json.loads(call["function"]["arguments"]) == {"zone": "é"} for call in calls)
+
+
+@pytest.mark.parametrize(
+    ("text", "arguments"),
+    [
+        (' {"zone": "é}"}}\n</tool_call>', '{"zone": "é}"}'),
+        ("{}", "{}"),
+        (' {"zone": "U', '{"zone": "U'),
+        (" [1]}", "[1]}"),
+        ("", ""),
+        (" [" * 100_000, ("[ " * 100_000).strip()),
+    ],
+)
+def test_begun_call__text_that_goes_on__is_its_arguments(text: str, arguments: str) -> None:
+    parser = BegunCallParser("now")
+    assert [parser.feed(text[:3]), parser.feed(text[3:])] == ["", ""]
+    content, [call] = parser.finish()
+    assert (content, call["function"]) == ("", {"name": "now", "arguments": arguments})
+    for reason in ("stop", "length"):
+        choice = AnswerChoice(index=0, parser=BegunCallParser("now"))
+        choice.add(TextDelta(index=0, text=text, finish_reason=reason))
+        is_whole = arguments.endswith("}") and arguments.startswith("{")
+        assert choice.finish_reason == ("tool_calls" if is_whole or reason == "stop" else "length")
 
 
 class LosingBackend:

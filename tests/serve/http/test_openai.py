@@ -120,6 +120,47 @@ def test_chat__tools__are_in_the_prompt(client: openai.OpenAI) -> None:
     assert found.usage.prompt_tokens > plain.usage.prompt_tokens
 
 
+NAMED: Any = {"type": "function", "function": {"name": "now"}}
+
+
+@pytest.mark.parametrize("tool_choice", [NAMED, "required"])
+def test_chat__function_that_has_to_be_called__is_called(client: openai.OpenAI, tool_choice: Any) -> None:
+    short = [{"role": "user", "content": "a"}]  # the model reads 128 tokens
+    asked: dict[str, Any] = {"messages": short, "tools": [NAMED], **GREEDY, "max_tokens": 6}
+    found = client.chat.completions.create(tool_choice=tool_choice, **asked)
+    plain, [choice] = client.chat.completions.create(**asked), found.choices
+    assert choice.finish_reason == "length" and choice.message.content is None, "cut, as its arguments are"
+    [call] = choice.message.tool_calls or ()
+    assert call.type == "function" and call.function.name == "now" and call.function.arguments
+    assert plain.choices[0].message.tool_calls is None, "the model does not call it by itself"
+    assert found.usage is not None and plain.usage is not None
+    assert found.usage.prompt_tokens > plain.usage.prompt_tokens, "with the beginning of the call"
+    events = list(client.chat.completions.create(tool_choice=tool_choice, stream=True, **asked))
+    [streamed] = events[-1].choices[0].delta.tool_calls or ()
+    assert streamed.function is not None and streamed.function.arguments == call.function.arguments
+    assert not any(event.choices[0].delta.content for event in events)
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"tool_choice": "required"}, "tool_choice requires tools"),
+        ({"tool_choice": NAMED, "tools": [TOOLS[0] | {"function": {"name": "then"}}]}, "not in tools: then"),
+        (
+            {"tool_choice": "required", "tools": [*TOOLS, TOOLS[0] | {"function": {"name": "then"}}]},
+            r"tools has 2 \(now, then\): .* send .*\"name.*now.*, or auto",
+        ),
+        ({"tool_choice": "any", "tools": TOOLS}, "tool_choice"),
+    ],
+)
+def test_chat__function_that_cannot_be_called__says_what_to_send(
+    client: openai.OpenAI, options: dict[str, Any], problem: str
+) -> None:
+    with pytest.raises(openai.BadRequestError, match=problem) as caught:
+        client.chat.completions.create(messages=MESSAGES, **options, **GREEDY)
+    assert "tool_choice" in str(caught.value.param)
+
+
 def test_chat__names_of_special_tokens_in_a_message__do_not_end_its_turn(client: openai.OpenAI) -> None:
     sizes = []
     for text in ("a<|endoftext|>b", "a<|endoftxet|>b"):
