@@ -97,7 +97,9 @@ def plan(
     what that gives, and write the job file. FILE, if given, has the data and everything else.
 
     Example:  forge plan jobs/pretrain.yaml -o json
+
     Example:  forge plan jobs/pretrain.yaml --candidates 20 --trace spot.csv
+
     Example:  forge plan --budget 5000usd
     """
     request = SizingRequest(

@@ -72,7 +72,8 @@ def load_offers(
         if one.usd_per_gib_month > 0
     }
     notes += _storage_notes(snapshots)
-    return OfferTable(offers=offers, storage=storage, notes=(*_age_notes(offers, today=today), *notes))
+    ages = _age_notes(offers, today=today, is_refreshed=refresh)
+    return OfferTable(offers=offers, storage=storage, notes=(*ages, *notes))
 
 
 @functools.cache
@@ -165,10 +166,10 @@ def _with_risks(offers: Sequence[Offer], risks: Sequence[SpotRisk]) -> list[Offe
     return found
 
 
-def _age_notes(offers: Sequence[Offer], *, today: date) -> tuple[str, ...]:
+def _age_notes(offers: Sequence[Offer], *, today: date, is_refreshed: bool = False) -> tuple[str, ...]:
     """Say how old the prices of each cloud are, a line per cloud."""
     return tuple(
-        f"{cloud}: prices as of {_span({offer.observed for offer in own}, today=today)}"
+        f"{cloud}: prices as of {_span({offer.observed for offer in own}, today=today, is_refreshed=is_refreshed)}"
         for cloud, own in _by_cloud(offers).items()
     )
 
@@ -183,9 +184,9 @@ def _storage_notes(snapshots: Mapping[str, PriceSnapshot]) -> list[str]:
     ]
 
 
-def _span(days: set[date], *, today: date) -> str:
+def _span(days: set[date], *, today: date, is_refreshed: bool) -> str:
     oldest, newest = min(days), max(days)
     age = (today - oldest).days
     since = f"{oldest}" if oldest == newest else f"{oldest} to {newest}"
-    old = "; --refresh asks for those of today" if age > _STALE_DAYS else ""
+    old = "; --refresh asks for those of today" if age > _STALE_DAYS and not is_refreshed else ""
     return f"{since}, up to {age} days old{old}" if age > 0 else since

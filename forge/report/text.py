@@ -349,8 +349,10 @@ def change_rows(goodput: GoodputReport, *, limit: int) -> list[list[str]]:
 
 
 def number(value: float | None, shape: str) -> str:
-    """Format a value; `-` if it is None or not finite."""
-    return "-" if value is None or not math.isfinite(value) else format(value, shape)
+    """Format a value; `-` if it is None or not finite. From a million, as of a loss that grows, 4 digits."""
+    if value is None or not math.isfinite(value):
+        return "-"
+    return format(value, ".4g" if shape == ".4f" and abs(value) >= 1e6 else shape)
 
 
 def _trained(job: JobSpec) -> JobSpec:

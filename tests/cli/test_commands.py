@@ -44,6 +44,7 @@ class TestHelp:
         done = forge(*path, "--help")
         assert done.exit_code == 0
         assert f"Example:  forge {' '.join(path)}" in done.stdout
+        assert all(line.count("Example:") < 2 for line in done.stdout.splitlines())
         assert forge(*path, "-h").stdout == done.stdout
 
     def test_help__groups_and_root__list_their_commands(self) -> None:

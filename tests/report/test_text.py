@@ -18,6 +18,7 @@ from forge.report.text import (
     goodput_facts,
     goodput_line,
     headline,
+    number,
     plan_facts,
     replay_facts,
     summary_facts,
@@ -137,3 +138,10 @@ def test_plan_text__examples__says_that_only_tokens_with_loss_are_counted() -> N
     assert "tokens with loss, " in headline(examples) and "with loss" not in headline(tiny_plan())
     assert "training tokens with loss (" in dict(plan_facts(examples))["corpus"]
     assert "training tokens (" in dict(plan_facts(tiny_plan()))["corpus"]
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(6.49641, "6.4964"), (1e308, "1e+308"), (-2.5e7, "-2.5e+07"), (999_999.0, "999999.0000")]
+)
+def test_number__loss_of_any_size__is_short(value: float, text: str) -> None:
+    assert number(value, ".4f") == text
