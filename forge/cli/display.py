@@ -170,15 +170,12 @@ def _column_widths(names: Sequence[str], rows: Sequence[Sequence[str]], *, total
 
 
 def _print_vertical(columns: Sequence[str], rows: Sequence[Sequence[str]], *, console: Console) -> None:
-    """Print a table that is wider than the terminal: a line for each cell, an empty line between rows."""
+    """Print a table that is wider than the terminal: the cells of a row as facts, an empty line between rows."""
     names = [column.lstrip("#") for column in columns]
-    width = max(map(len, names))
     for number, row in enumerate(rows):
         if number:
             console.print()
-        for name, cell in zip(names, row, strict=True):
-            if cell:
-                console.print(Text.assemble((f"{name:<{width}}", "dim"), f"  {cell}"), soft_wrap=True)
+        facts([(name, cell) for name, cell in zip(names, row, strict=True) if cell], console=console)
 
 
 def _print_plain_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, console: Console) -> None:

@@ -185,6 +185,8 @@ def _answer(
     )
     if totals.num_reused:
         process.message(f"{totals.num_reused} of {counted(total, 'shard')} answered before, by the same weights")
+    if totals.num_reused == total:
+        return
     lost = totals.num_lost + totals.num_replaced
     process.message(
         f"{counted(total - totals.num_reused, 'shard')} answered by {counted(totals.most_workers, 'worker')}"

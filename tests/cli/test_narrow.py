@@ -39,6 +39,15 @@ def test_table__fits__has_one_line_a_row() -> None:
     assert len(printed(terminal).splitlines()) == 3
 
 
+def test_table__long_names_on_a_narrow_terminal__have_their_cells_below_them() -> None:
+    terminal = console(60)
+    columns = ["model", *(f"debian-sections-few-shot {metric}_accuracy ↑" for metric in ("plain", "normalized"))]
+    cells = ["smollm2", "0.500 [0.000, 1.000]", "0.250 [0.000, 0.500]"]
+    display.table(columns, [cells], console=terminal)
+    expected = [line for name, cell in zip(columns, cells, strict=True) for line in (name, f"  {cell}")]
+    assert printed(terminal).splitlines() == expected
+
+
 def test_message_and_next_command__narrow_terminal__keep_paths_and_commands_on_one_line(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
