@@ -50,7 +50,12 @@ GROUPS = (
     ),
     Group(
         name="ssh hosts",
-        tests=("tests/hosts/test_ssh.py", "tests/hosts/test_hosts.py", "tests/hosts/test_models_on_ssh.py"),
+        tests=(
+            "tests/hosts/test_ssh.py",
+            "tests/hosts/test_hosts.py",
+            "tests/hosts/test_links.py",
+            "tests/hosts/test_models_on_ssh.py",
+        ),
     ),
     Group(name="network partition", tests=("tests/hosts/test_partition.py",)),
     Group(name="runs sharing a cluster", tests=("tests/elastic/test_sharing.py",)),
@@ -64,6 +69,7 @@ GROUPS = (
             "tests/elastic/test_straggler_run.py",
             "tests/elastic/test_lora.py",
             "tests/elastic/test_hpz_faults.py",
+            "tests/elastic/test_ulysses_faults.py",
             "tests/elastic/test_task_scores.py",
         ),
     ),

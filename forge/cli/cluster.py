@@ -1,4 +1,4 @@
-"""`forge cluster`: start, show, drain and stop the Ray clusters that runs use, and open a shell on them."""
+"""`forge cluster`: start, show, probe, drain and stop the Ray clusters that runs use, and open a shell on them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from forge.cli.cluster_move import move
+from forge.cli.cluster_probe import probe
 from forge.cli.launch import confirm
 from forge.cli.options import Output, OutputOption, YesOption
 
@@ -136,6 +137,7 @@ def down(name: _NameArgument = None) -> None:
 
 
 app.command()(move)
+app.command()(probe)
 
 
 @app.command()

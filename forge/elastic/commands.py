@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import psutil
+
 from forge.elastic.agent_connections import AgentConnection
 from forge.elastic.rpc import Message
 from forge.elastic.source_shards import SourceWriter, holders
@@ -17,6 +19,12 @@ from forge.plan.checkpoint_interval import CheckpointRisk
 
 LOOPBACK = "lo"
 """The network interface of ranks that are all on one node."""
+
+
+def interface_of(host: str) -> str | None:
+    """Return the name of the network interface with this address."""
+    found = psutil.net_if_addrs()
+    return next((str(name) for name in found if any(entry.address == host for entry in found[name])), None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

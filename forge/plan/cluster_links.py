@@ -7,8 +7,10 @@ from dataclasses import dataclass
 
 from forge.config.cluster import CloudSpec, ClusterSpec, KubernetesSpec
 from forge.plan.machines import ASSUMED_INTER_NODE_GBPS, interconnect
-from forge.plan.throughput import Interconnect
+from forge.plan.measured_links import MeasuredLinks, gbps, kept_links
+from forge.plan.throughput import Efficiency, Interconnect
 from forge.pricing.catalog import MachineType, machine_types, workers_of
+from forge.units import counted, format_date
 
 _ASSUMED_GPUS = 8
 
@@ -23,11 +25,15 @@ class ClusterLinks:
 
 
 def cluster_links(spec: ClusterSpec | None) -> ClusterLinks:
-    """Return the links of a cluster's workers; of a rented one, those of its cheapest machine type.
+    """Return the links of a cluster's workers: as `forge cluster probe` measured them, otherwise by its file, of a
+    rented one those of its cheapest machine type.
 
     Args:
         spec: the cluster file; None if the cluster is unknown.
     """
+    measured = None if spec is None else kept_links(spec)
+    if measured is not None and (found := _measured(measured)) is not None:
+        return found
     if isinstance(spec, KubernetesSpec):
         return _links(spec.gpus_per_worker, None, source="the cluster file")
     if not isinstance(spec, CloudSpec):
@@ -41,8 +47,28 @@ def cluster_links(spec: ClusterSpec | None) -> ClusterLinks:
     return _links(first.num_gpus, first.inter_node_gbps, source=f"{first.name}{several}")
 
 
+def _measured(links: MeasuredLinks) -> ClusterLinks | None:
+    """The links as measured; None where a single node was measured, which says nothing of the others."""
+    if len(links.nodes) < 2 or links.all_gather_bytes_per_s is None:
+        return None
+    # An all-gather moves its bytes at the share of the network that collectives reach.
+    found = Interconnect(
+        gpus_per_node=links.num_ranks_per_node,
+        inter_node_bytes_per_s=links.all_gather_bytes_per_s / Efficiency().inter_node,
+    )
+    measured = (
+        f"an all-gather over {counted(len(links.nodes), 'machine')} at {gbps(links.all_gather_bytes_per_s)} Gbit/s"
+    )
+    note = f"{_per_machine(found.gpus_per_node)}, {measured}: forge cluster probe, {format_date(links.measured_at)}"
+    return ClusterLinks(interconnect=found, note="; ".join([note, *links.warnings()]))
+
+
+def _per_machine(gpus: int) -> str:
+    return f"{gpus} GPU{'s' * (gpus != 1)} in a machine"
+
+
 def _links(gpus: int, gbps: float | None, *, source: str | None) -> ClusterLinks:
-    per_machine = f"{gpus} GPU{'s' * (gpus != 1)} in a machine"
+    per_machine = _per_machine(gpus)
     between = f"{gbps or ASSUMED_INTER_NODE_GBPS:g} Gbit/s between machines"
     if source is None:
         note = f"assumed: {per_machine}, {between}"

@@ -84,8 +84,7 @@ def test_killed_rank_and_machine__lora__repeat_at_most_one_step_each(tmp_path: P
         stop_run(run)
         wait_for(lambda: run.of("RunStopped"))
         assert leftovers(run) == []
-    assert {record["elastic/world_size"] for record in read_metrics(run.folder)} == {1, 2}
-    saved = run.of("CheckpointSaved")[-1]
-    assert saved["size_bytes"] < 1.2 * 12 * NUM_ADAPTER_PARAMETERS
-    folder = tmp_path / "undisturbed"
-    assert_equals_undisturbed_run(run, folder)
+        assert {record["elastic/world_size"] for record in read_metrics(run.folder)} == {1, 2}
+        saved = run.of("CheckpointSaved")[-1]
+        assert saved["size_bytes"] < 1.2 * 12 * NUM_ADAPTER_PARAMETERS
+        assert_equals_undisturbed_run(run, tmp_path / "undisturbed")

@@ -120,6 +120,12 @@ class Hosts:
         """Undo `cut`."""
         _set_port(self._name(host), _PORT_FORWARDING)
 
+    def limit(self, host: int, *, mbit_per_s: int) -> None:
+        """Limit what a host sends."""
+        limit = ("tbf", "rate", f"{mbit_per_s}mbit", "burst", "256k", "latency", "50ms")
+        command = ("ip", "netns", "exec", self._name(host), "tc", "qdisc", "replace", "dev", "eth0", "root", *limit)
+        subprocess.run(command, check=True)
+
     def kill(self, host: int) -> None:
         """Kill all processes on a host, and wait until they are gone."""
         self._reap(host)

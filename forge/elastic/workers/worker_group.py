@@ -21,7 +21,7 @@ import psutil
 
 from forge.elastic.agent_config import AgentConfig
 from forge.elastic.background import BackgroundTasks
-from forge.elastic.commands import LOOPBACK, WorkerSpec
+from forge.elastic.commands import LOOPBACK, WorkerSpec, interface_of
 from forge.elastic.record_forwarder import RecordForwarder
 from forge.elastic.replicas.replicate import Replicator
 from forge.elastic.replicas.store import ReplicaStore
@@ -281,7 +281,7 @@ class WorkerGroup:
             log=str(Path(self._config.run_folder) / "logs" / f"rank-{rank}.log"),
             host=command["host"],
             port=command["port"],
-            interface=_interface_of(self._config.host) if command["is_spread"] else LOOPBACK,
+            interface=interface_of(self._config.host) if command["is_spread"] else LOOPBACK,
             step=command["step"],
             shards=shards,
             checkpoint_risk=command["checkpoint_risk"],
@@ -412,9 +412,3 @@ def _wait_ended(pid: int | None) -> None:
     with contextlib.suppress(psutil.Error):
         while psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
             time.sleep(0.01)
-
-
-def _interface_of(host: str) -> str | None:
-    """Return the name of the network interface with this address."""
-    found = psutil.net_if_addrs()
-    return next((str(name) for name in found if any(entry.address == host for entry in found[name])), None)
