@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -9,11 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from forge.errors import ModelError
 from forge.model.kept_activations import kept_bytes_per_row
-from forge.model.selective_checkpoint import PRODUCTS, enable_checkpointing
+from forge.model.selective_checkpoint import PRODUCTS, _policy, enable_checkpointing, selective_contexts
 from forge.plan.memory import activation_bytes
 from tests.support.jobs import tiny_facts, tiny_job
 
@@ -59,6 +61,32 @@ def step(config: Any, *, kind: bool | str) -> tuple[Tensor, list[Tensor], Counte
         [parameter.grad for parameter in model.parameters() if parameter.grad is not None],
         counted,
     )
+
+
+class GathersAgain(nn.Module):
+    """A layer that does more when it is called again, as one does under ZeRO 3 whose weights came ahead of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.num_calls, self.gathered = nn.Linear(4, 4), 0, torch.zeros(())
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.num_calls += 1
+        if self.num_calls > 1:
+            with torch.no_grad():
+                self.gathered = self.linear.weight.sin()  # an operation that the forward pass did not have
+        return torch.tanh(self.linear(x))
+
+
+def test_selective__recomputation_has_more_operations__has_the_gradients_of_none() -> None:
+    layer, x = GathersAgain(), torch.randn(2, 4, requires_grad=True)
+    checkpoint(layer, x, use_reentrant=False, context_fn=selective_contexts).sum().backward()
+    assert layer.num_calls == 2 and layer.linear.weight.grad is not None
+    expected = torch.autograd.grad(torch.tanh(layer.linear(x)).sum(), layer.linear.weight)
+    assert torch.equal(layer.linear.weight.grad, expected[0])
+    with pytest.raises(RuntimeError, match="not found in storage"):  # what forge.model.selective_checkpoint avoids
+        contexts = partial(create_selective_checkpoint_contexts, _policy)
+        checkpoint(GathersAgain(), x, use_reentrant=False, context_fn=contexts).sum().backward()
 
 
 @pytest.mark.parametrize("config", [LLAMA, pytest.param(GPT2, marks=pytest.mark.slow)], ids=["llama", "gpt2"])
