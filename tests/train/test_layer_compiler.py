@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from forge.events import CompileFailed, LayersCompiled
+from forge.model.selective_checkpoint import enable_checkpointing
 from forge.plan.inputs import CorpusInfo
 from forge.train.layer_compiler import LayerCompiler, repeated_layers
 from tests.support.jobs import tiny_plan
@@ -75,6 +77,35 @@ def test_compile__layer_that_reads_values__runs_uncompiled_and_says_so_once() ->
     (event,) = reporter.recording.events
     assert isinstance(event, CompileFailed)
     assert "data-dependent" in event.reason
+
+
+def llama_step(*, checkpointing: bool | str, is_compiled: bool) -> tuple[list[torch.Tensor], int]:
+    """The gradients of a small Llama, and the products that its backward pass computed."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", vocab_size=32, **sizes)).train()
+    if checkpointing:
+        enable_checkpointing(model, is_selective=checkpointing == "selective")
+    reporter = RecordingReporter(None)
+    if is_compiled:
+        compiler = LayerCompiler(model, reporter=reporter, backend="aot_eager")
+    ids = torch.arange(32).reshape(2, 16)
+    loss = model(ids, labels=ids, use_cache=False).loss
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        loss.backward()
+    if is_compiled:
+        compiler.report()
+        assert [type(event) for event in reporter.recording.events] == [LayersCompiled]
+    gradients = [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+    return gradients, sum(event.count for event in profiled.key_averages() if event.key == "aten::mm")
+
+
+def test_compile__selective_checkpointing__same_gradients_and_products_computed_once() -> None:
+    expected, num_products = llama_step(checkpointing=False, is_compiled=False)
+    gradients, num_all = llama_step(checkpointing=True, is_compiled=True)
+    assert all(map(torch.equal, gradients, expected)) and num_all > num_products
+    gradients, num_selective = llama_step(checkpointing="selective", is_compiled=True)
+    assert all(map(torch.equal, gradients, expected)) and num_selective == num_products
 
 
 def test_compile__no_repeated_layers__says_so() -> None:
