@@ -53,6 +53,10 @@ def training(setting: Setting) -> Iterator[dict[str, Any]]:
     yield _close("plain loss: losses of the chunked one", plain, own, tolerance=_SAME_TOLERANCE)
     recomputed = _losses(setting, name="recomputed", zero={"stage": 0}, activation_checkpointing=True)
     yield _close("activation checkpointing: same losses", recomputed, own, tolerance=_SAME_TOLERANCE)
+    moved = _losses(
+        setting, name="moved", zero={"stage": 0}, activation_checkpointing=True, activation_offload=True
+    )
+    yield _close("activation offload: same losses", moved, own, tolerance=_SAME_TOLERANCE)
     if setting.smallest:
         yield {"ZeRO 1 and 2, offload, bf16 against fp32": "skipped: --smallest"}
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import typing
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
@@ -25,9 +26,10 @@ def known_sections(section: type[Section], *, key: str = "") -> Iterator[tuple[s
             yield from known_sections(inner, key=below)
 
 
-def known_keys(root: type[Section]) -> Iterator[str]:
+@functools.cache
+def known_keys(root: type[Section]) -> tuple[str, ...]:
     """Return every dotted key, except user-defined ones and those of the model config."""
-    return (join_key(key, name) for key, section in known_sections(root) for name in section.model_fields)
+    return tuple(join_key(key, name) for key, section in known_sections(root) for name in section.model_fields)
 
 
 def section_at(loc: Loc, *, root: type[Section]) -> type[Section] | None:

@@ -248,6 +248,11 @@ class TrainingSpec(Section):
     FLOPs, and memory between the two. Losses are equal bit for bit. torch's `checkpoint`, of `selective` with
     `create_selective_checkpoint_contexts`."""
 
+    activation_offload: bool = False
+    """Hold the inputs of layers, which `activation_checkpointing` keeps, in page-locked host memory until the
+    backward pass: on the GPU those of two layers remain. Both copies take time of the step. Losses are equal bit
+    for bit. Has no effect on a CPU. transformers' `activation_checkpointing_enable(offload=True)`."""
+
     attention: AttentionName = "auto"
     """How attention is computed; losses agree within rounding. `auto`: on a GPU in bf16 the first of
     FlashAttention-3, FlashAttention-2 and `sdpa` that is installed and runs on every rank; else `sdpa`, torch's
@@ -291,6 +296,9 @@ class TrainingSpec(Section):
         if micro != "auto" and not 1 <= micro <= self.global_batch_size:
             problem = f"must be in 1..{self.global_batch_size}, the global batch size"
             errors.append(FieldError("micro_batch_size", problem, depends_on=("global_batch_size",)))
+        if self.activation_offload and not self.activation_checkpointing:
+            problem = "needs activation_checkpointing: true or selective, whose kept inputs it moves"
+            errors.append(FieldError("activation_offload", problem, depends_on=("activation_checkpointing",)))
         if self.total_steps is not None:
             too_long = self.schedule_problem(self.total_steps, tokens_per_step=None)
             if too_long is not None:

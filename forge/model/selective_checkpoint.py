@@ -34,10 +34,13 @@ _ATTENTIONS = frozenset(
 """torch's fused kernels, and those of the packages flash-attn and flash-attn-3."""
 
 
-def enable_checkpointing(model: nn.Module, *, is_selective: bool) -> None:
+def enable_checkpointing(model: nn.Module, *, is_selective: bool, offloads: bool = False) -> None:
     """Recompute the activations of each layer in the backward pass.
 
-    Raises: ModelError if the model has no activation checkpointing.
+    Args:
+        offloads: hold the inputs of layers in host memory until then.
+
+    Raises: ModelError if the model has no activation checkpointing, or cannot offload.
     """
     options: dict[str, Any] = {"use_reentrant": False}
     if is_selective:
@@ -45,7 +48,10 @@ def enable_checkpointing(model: nn.Module, *, is_selective: bool) -> None:
     if (problem := checkpointing_problem(model)) is not None:
         raise ModelError(problem, key="class")
     if hasattr(model, "activation_checkpointing_enable"):
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)  # type: ignore[operator]
+        more = {"offload": True} if offloads else {}
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=options, **more)  # type: ignore[operator]
+    elif offloads:
+        raise ModelError(f"{type(model).__name__} of this version of transformers cannot offload activations")
     else:  # a class of the user
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)  # type: ignore[operator]
 

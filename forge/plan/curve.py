@@ -66,6 +66,7 @@ def free_differences(before: JobSpec, now: JobSpec) -> list[Difference]:
 
 _FREE = (
     *("evaluate_every", "micro_batch_size", "zero", "activation_checkpointing", "sequence_parallel"),
+    "activation_offload",
     *("cross_entropy", "attention", "liger"),
 )
 """Keys of `training` that do not decide on the loss curve."""
@@ -75,7 +76,7 @@ def _deciding(job: JobSpec) -> dict[str, Any]:
     """The part of a job that determines the loss curve."""
     body = job.model_dump(mode="json", include={"model", "data", "training"})
     layout = ("micro_batch_size", "zero", "activation_checkpointing", "sequence_parallel", "cross_entropy")
-    for name in ("evaluate_every", "compile", "attention", "liger", *layout):
+    for name in ("evaluate_every", "compile", "attention", "liger", "activation_offload", *layout):
         body["training"].pop(name)
     zero = job.training.zero
     quantized = {key: True for key in ("quantized_weights", "quantized_gradients") if getattr(zero, key)}

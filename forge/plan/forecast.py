@@ -378,6 +378,8 @@ def _notes(
         )
     if plan.job.training.zero.offload == "cpu" and gpu is not None and not runs:
         left_out += ", the time of training.zero.offload"
+    if plan.job.training.activation_offload and gpu is not None and not runs:
+        left_out += ", the time of training.activation_offload"
     yield f"without {left_out}"
 
 

@@ -151,14 +151,14 @@ def estimate_memory(
     ema = 4 * trainable // shards if training.ema else 0
     snapshot = _snapshot_bytes(model, training, state=state) // world_size
     is_offloaded = training.zero.offload == "cpu" and not is_on_host
+    tokens_of_rank = micro_batch_size * seq_len // sequence_parallel_size
+    inputs_on_host = 0 if is_on_host else offloaded_bytes(model, training, num_tokens=tokens_of_rank)
     step = _step_bytes(training, is_on_host=is_on_host)
-    logits = logits_bytes(model, training, num_tokens=micro_batch_size * seq_len // sequence_parallel_size)
-    sizes = {
-        "micro_batch_size": micro_batch_size,
-        "seq_len": seq_len,
-        "sequence_parallel_size": sequence_parallel_size,
-    }
-    activations = logits + activation_bytes(model, training, is_on_host=is_on_host, **sizes)
+    logits = logits_bytes(model, training, num_tokens=tokens_of_rank)
+    sizes = {"micro_batch_size": micro_batch_size, "seq_len": seq_len}
+    activations = logits + activation_bytes(
+        model, training, is_on_host=is_on_host, sequence_parallel_size=sequence_parallel_size, **sizes
+    )
     tokens = micro_batch_size * seq_len
     if teacher is not None:
         # The logits of both, those of the student with their gradient; distributions are made of a chunk at a time.
@@ -179,7 +179,7 @@ def estimate_memory(
         logits_bytes=logits if logits >= 3 * _MAPPED_BYTES else 0,
         update_bytes=0 if is_offloaded else (master + step) * trainable // shards,
         **buffers,
-        host_bytes=num_copies * snapshot + (optimizer + ema if is_offloaded else 0),
+        host_bytes=num_copies * snapshot + (optimizer + ema if is_offloaded else 0) + inputs_on_host,
         libraries_bytes=LIBRARIES_BYTES if is_on_host else 0,
         is_on_host=is_on_host,
     )
@@ -284,6 +284,8 @@ def activation_bytes(
         layers += scores * (4 if width == 4 else 4 + width)
     if training.activation_checkpointing and model.num_layers:
         inputs = tokens * model.num_layers * model.hidden_size * width
+        if not is_on_host:
+            inputs -= offloaded_bytes(model, training, num_tokens=tokens)
         if training.activation_checkpointing is True:
             layers = inputs + layers // model.num_layers
         else:
@@ -291,6 +293,17 @@ def activation_bytes(
             kept += tokens * _attention_bytes(model, width=width) if is_fused else 0
             layers = kept + max(0, layers - kept) // model.num_layers
     return layers // sequence_parallel_size
+
+
+def offloaded_bytes(model: ModelInfo, training: TrainingSpec, *, num_tokens: int) -> int:
+    """Return the bytes of layers' inputs that a micro-batch holds in host memory.
+
+    Those of all layers but two: one is computed while that of the next is copied.
+    """
+    if not (training.activation_offload and training.activation_checkpointing):
+        return 0
+    width = WEIGHT_BYTES[training.precision]
+    return num_tokens * max(0, model.num_layers - 2) * model.hidden_size * width
 
 
 def _selected_bytes(model: ModelInfo, training: TrainingSpec, *, rows: int, seq_len: int) -> int:

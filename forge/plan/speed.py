@@ -149,6 +149,9 @@ def require_checkpointing(job: JobSpec, model: ModelInfo) -> None:
     wanted, key = job.training.activation_checkpointing, "training.activation_checkpointing"
     if wanted and model.checkpointing_problem is not None:
         raise PlanError(f"{model.checkpointing_problem}; use false", job_key=key)
+    if job.training.activation_offload and job.model.class_reference is not None:
+        problem = f"is for models of transformers; {model.class_name} is a class of the job's own"
+        raise PlanError(problem, job_key="training.activation_offload")
     if wanted == "selective" and model.selective_problem is not None:
         raise PlanError(f"{model.selective_problem}; use true, which recomputes it", job_key=key)
 

@@ -16,6 +16,12 @@ def speed_facts(plan: DraftPlan) -> list[tuple[str, str]]:
         facts.append(
             ("activations", f"computed again in the backward pass{rest} (training.activation_checkpointing)")
         )
+    if plan.job.training.activation_offload:
+        is_used = plan.hardware.device == "cuda"
+        text = (
+            "in host memory until the backward pass" if is_used else "not moved: on a CPU they are in host memory"
+        )
+        facts.append(("layer inputs", f"{text} (training.activation_offload)"))
     attention = attention_choice(plan.job, model=plan.model, device=plan.hardware.device)
     facts.append(("attention", f"{' or '.join(attention.names) or 'the class'} ({attention.reason})"))
     liger = liger_choice(plan.job, model=plan.model, device=plan.hardware.device)

@@ -363,7 +363,9 @@ def build_engine(
         ),
     )
     if training.activation_checkpointing:
-        enable_checkpointing(model, is_selective=training.activation_checkpointing == "selective")
+        is_selective = training.activation_checkpointing == "selective"
+        offloads = training.activation_offload and device.type == "cuda"
+        enable_checkpointing(model, is_selective=is_selective, offloads=offloads)
     sequence = SequenceParallel.of(model, sequence_parallel_size)
     if training.zero.stage == 3:
         gather_whole_modules(model)

@@ -190,6 +190,12 @@ def test_load_job__scalar__is_read_as_yaml_1_2(write: Callable[[str], Path], wri
         ),
         (
             "total_steps: 10",
+            "total_steps: 10\n  activation_offload: true",
+            "job.yaml:9: training.activation_offload: needs activation_checkpointing: true or selective, whose "
+            "kept inputs it moves (got true)",
+        ),
+        (
+            "total_steps: 10",
             "total_steps: 10\n  optimizer: {lr: fast}",
             "job.yaml:9: training.optimizer.lr: must be a number (got fast)",
         ),

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
@@ -61,6 +62,43 @@ def step(config: Any, *, kind: bool | str) -> tuple[Tensor, list[Tensor], Counte
         [parameter.grad for parameter in model.parameters() if parameter.grad is not None],
         counted,
     )
+
+
+@pytest.mark.parametrize("is_selective", [False, True])
+def test_offload__inputs_of_layers__are_moved_alone_and_gradients_are_equal(
+    monkeypatch: pytest.MonkeyPatch, is_selective: bool
+) -> None:
+    moved: list[int] = []
+
+    class Counted(saved_tensors_hooks):  # without a GPU there is no page-locked memory
+        def __init__(self, *, pin_memory: bool, device_type: str) -> None:
+            assert pin_memory
+            super().__init__(self.pack, lambda tensor: tensor.clone())
+
+        def pack(self, tensor: Tensor) -> Tensor:
+            moved.append(tensor.numel())
+            return tensor.clone()
+
+    monkeypatch.setattr("transformers.modeling_utils.save_on_cpu", Counted)
+    found = []
+    for offloads in (False, True):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(LLAMA).train()
+        enable_checkpointing(model, is_selective=is_selective, offloads=offloads)
+        ids = torch.arange(64).reshape(2, 32)
+        model(ids, labels=ids, use_cache=False).loss.backward()
+        found.append([parameter.grad for parameter in model.parameters()])
+        assert sum(moved) == (2 * 64 * 64 if offloads else 0)  # layers x tokens x hidden size
+    assert all(map(torch.equal, *found))
+
+
+def test_offload__class_of_the_user__is_refused() -> None:
+    with pytest.raises(ModelError, match="cannot offload"):
+        enable_checkpointing(Recomputed(), is_selective=False, offloads=True)
+
+
+class Recomputed(nn.Module):
+    def gradient_checkpointing_enable(self, **_: object) -> None: ...
 
 
 class GathersAgain(nn.Module):
