@@ -40,7 +40,7 @@ def test_table__fits__has_one_line_a_row() -> None:
 
 
 def test_table__long_names_on_a_narrow_terminal__have_their_cells_below_them() -> None:
-    terminal = console(60)
+    terminal = console(50)
     columns = ["model", *(f"debian-sections-few-shot {metric}_accuracy ↑" for metric in ("plain", "normalized"))]
     cells = ["smollm2", "0.500 [0.000, 1.000]", "0.250 [0.000, 0.500]"]
     display.table(columns, [cells], console=terminal)
