@@ -52,6 +52,13 @@ def message(text: str, *, console: Console | None = None) -> None:
     _print_folded(_shown(text), console=console or ERR)
 
 
+def interrupted(text: str) -> None:
+    """Print a message to stderr in place of the `^C` that a terminal shows, which would shift its first line."""
+    if ERR.is_terminal:
+        ERR.file.write("\r\033[K")
+    message(text)
+
+
 def warning(text: str, *, console: Console | None = None) -> None:
     """Print to stderr a problem that did not end the command."""
     _print_folded(f"! {_shown(text)}", console=console or ERR, style="yellow")

@@ -260,7 +260,7 @@ def _serve(settings: ServerSettings, *, cluster: str | None, detach: bool, outpu
     try:
         ready = await_ready(settings.name, on_message=display.message, look=find_any_server)
     except KeyboardInterrupt:
-        display.message("stopping the server, which is not ready yet; Ctrl-C again ends it at once")
+        display.interrupted("stopping the server, which is not ready yet; Ctrl-C again ends it at once")
         _stop(settings.name)
         raise
     if output is Output.JSON:
@@ -309,7 +309,7 @@ def _follow(name: str) -> None:
         for text in follow_server(find_any_server(name)):
             sys.stderr.write(display.harmless(text))
     except KeyboardInterrupt:
-        display.message("stopping: running requests are finished first; Ctrl-C again ends now")
+        display.interrupted("stopping: running requests are finished first; Ctrl-C again ends now")
         _stop(name)
     server = find_any_server(name)
     if server.state in ("failed", "died"):

@@ -61,6 +61,13 @@ def test_message_and_next_command__narrow_terminal__keep_paths_and_commands_on_o
     ]
 
 
+def test_interrupted__terminal_shows_the_key__is_printed_over_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = console(40)
+    monkeypatch.setattr(display, "ERR", terminal)
+    display.interrupted("stopping: running requests are finished first")
+    assert printed(terminal) == "\r\033[Kstopping: running requests are finished\nfirst\n"
+
+
 LONG_PATH = f"/home/user/{'folder/' * 12}runs/tiny-0101-000000-abcd"
 COMMAND = "forge train jobs/pretrain.yaml --set training.total_steps=50 --cluster lab"
 TEXTS = [
