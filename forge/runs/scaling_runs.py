@@ -19,6 +19,10 @@ from forge.runs.reader import RunSummary, find_run, read_metrics, read_run
 _LAST_SHARE = 0.05
 """Of the steps, whose mean training loss stands for a held-out loss that was not measured."""
 _MAX_FILE_BYTES = 2**20
+_EXPONENTS = (0.01, 2.0)
+"""Of laws that can be computed with; published ones lie between 0.28 and 0.37."""
+_MOST = 1e12
+"""Largest factor, variance or loss."""
 _COMMENT = "# A scaling law, written by `forge scaling`; `forge plan --law FILE` sizes models by it.\n"
 """The rest of the file is JSON, which is YAML too."""
 
@@ -124,17 +128,34 @@ def read_law(path: Path) -> LawFile:
         if not comment.startswith("# A scaling law"):
             raise ValueError("its first line is not that of `forge scaling`")
         found = from_record(LawFile, parse_object(body))
-        constants = asdict(found.law)
-        numbers = {key: value for key, value in constants.items() if isinstance(value, float)}
-        wrong = [key for key, value in numbers.items() if not 0 < value < math.inf]
-        if wrong:
-            raise ValueError(f"{wrong[0]} is {numbers[wrong[0]]}, not a positive number")
-        if any(min(run.num_parameters, run.num_tokens, run.loss) <= 0 for run in found.runs):
-            raise ValueError("a run has no parameters, no tokens or no loss")
-        if found.law.covariance and [len(row) for row in found.law.covariance] != [5] * 5:
-            raise ValueError("covariance is not 5 rows of 5 numbers")
+        _require_usable(found)
     except FileNotFoundError as error:
         raise ArgumentError(f"there is no file {path}; give RUNS to fit a law and write it") from error
     except (ValueError, OSError, RecursionError) as error:
         raise ArgumentError(f"{path} is not the file of a law: {printable(str(error), limit=300)}") from error
     return found
+
+
+def _require_usable(file: LawFile) -> None:
+    """Raises: ValueError if a law cannot be computed with, as after an edit of its file."""
+    law = file.law
+    numbers = {key: value for key, value in asdict(law).items() if isinstance(value, float)}
+    for key, value in numbers.items():
+        if not 0 < value < math.inf:
+            raise ValueError(f"{key} is {value}, not a positive number")
+        low, high = _EXPONENTS if key.endswith("_exponent") else (0.0, _MOST)
+        if not low <= value <= high:
+            raise ValueError(f"{key} is {value:g}; expected {low:g} to {high:g}")
+    if not law.name.isprintable():
+        raise ValueError("the name has control characters")
+    if not file.runs:
+        raise ValueError("it has no runs")
+    if any(min(run.num_parameters, run.num_tokens, run.loss) <= 0 for run in file.runs):
+        raise ValueError("a run has no parameters, no tokens or no loss")
+    if law.covariance:
+        if [len(row) for row in law.covariance] != [5] * 5:
+            raise ValueError("covariance is not 5 rows of 5 numbers")
+        if not all(abs(value) <= _MOST for row in law.covariance for value in row):
+            raise ValueError(f"covariance has a number beyond {_MOST:g}")
+        if any(row[index] < 0 for index, row in enumerate(law.covariance)):
+            raise ValueError("covariance has a negative variance")

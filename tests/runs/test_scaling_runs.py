@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -126,6 +127,31 @@ def test_law__negative_constant__refused(tmp_path: Path, law_points: list[RunPoi
     write_law(file, replace(fit_law(law_points), token_exponent=-0.1), runs=law_points)
     with pytest.raises(ArgumentError, match=r"token_exponent is -0\.1"):
         read_law(file)
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"token_exponent": 50.0}, "token_exponent is 50; expected 0.01 to 2"),
+        ({"parameter_exponent": 1e-300}, "parameter_exponent is 1e-300; expected 0.01 to 2"),
+        ({"parameter_factor": 1e300}, r"parameter_factor is 1e\+300; expected 0 to 1e\+12"),
+        ({"covariance": ((1e300,) * 5,) * 5}, r"covariance has a number beyond 1e\+12"),
+        ({"covariance": ((-1.0,) * 5,) * 5}, "covariance has a negative variance"),
+        ({"name": "\x1b[2J"}, "the name has control characters"),
+    ],
+)
+def test_law__that_cannot_be_computed_with__refused(
+    change: dict[str, Any], problem: str, tmp_path: Path, law_points: list[RunPoint]
+) -> None:
+    write_law(tmp_path / "law.yaml", replace(fit_law(law_points), **change), runs=law_points)
+    with pytest.raises(ArgumentError, match=problem):
+        read_law(tmp_path / "law.yaml")
+
+
+def test_law__without_runs__refused(tmp_path: Path, law_points: list[RunPoint]) -> None:
+    write_law(tmp_path / "law.yaml", fit_law(law_points), runs=[])
+    with pytest.raises(ArgumentError, match="it has no runs"):
+        read_law(tmp_path / "law.yaml")
 
 
 @pytest.mark.slow
