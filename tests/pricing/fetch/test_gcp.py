@@ -96,6 +96,20 @@ def test_fetch__two_pages__composes_machines_from_their_parts() -> None:
     assert all("planted" not in path for path in server.asked), "an address is written into logs; a header is not"
 
 
+def test_fetch__throttled__asks_the_same_page_again() -> None:
+    def reply(path: str, *_: Any) -> Answer:
+        if server.times[path] == 1:
+            return as_json({"error": {"code": 429, "status": "RESOURCE_EXHAUSTED"}}, status=429, Retry_After="0")
+        if path.endswith("pageToken=next"):
+            return skus(*a3(spot=True))
+        return skus(*a3(spot=False), token="next")
+
+    with serve_prices(reply) as server:
+        (offer,) = fetch_gcp(TODAY, url=server.url).offers
+    assert len(server.asked) == 4
+    assert offer.usd_per_hour is not None and offer.spot_usd_per_hour is not None
+
+
 def test_fetch__a_part_without_price__machine_is_left_out() -> None:
     entries = a3(spot=False)
     g2 = [sku("G2 Instance Core running in Americas", 0.025), sku("G2 Instance Ram running in Americas", 0.003)]

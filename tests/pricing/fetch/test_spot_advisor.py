@@ -10,7 +10,7 @@ import pytest
 from forge.errors import ClusterError
 from forge.pricing.fetch.spot_advisor import fetch_spot_advisor
 from forge.pricing.offer import InterruptionBand
-from tests.support.price_server import as_json, serve_prices
+from tests.support.price_server import Answer, as_json, serve_prices
 
 RANGES = [
     {"index": index, "label": label, "dots": index, "max": high}
@@ -47,6 +47,16 @@ def test_fetch__bands_and_savings__of_known_types() -> None:
         ("p4d.24xlarge", "us-east-1"): ("5-10%", None),
     }
     assert found.risks[0].interruption == InterruptionBand(low=0.0, high=0.05)
+
+
+def test_fetch__throttled__asks_again() -> None:
+    def reply(path: str, *_: Any) -> Answer:
+        if server.times[path] == 1:
+            return as_json({}, status=503, Retry_After="0")
+        return as_json(advisor({"g5.xlarge": {"s": 59, "r": 0}}))
+
+    with serve_prices(reply) as server:
+        assert len(fetch_spot_advisor(date(2026, 11, 28), url=server.url).risks) == 1
 
 
 def test_fetch__entry_without_band__is_counted() -> None:
