@@ -64,6 +64,7 @@ def main() -> None:
     upload = verbs.add_parser("upload")
     upload.add_argument("run_id")
     upload.add_argument("--folder", type=Path)
+    upload.add_argument("--mark", help="name of a file that the client has put into its own folder of the run")
     verbs.add_parser("serve")
     for verb in ("server", "update"):
         verbs.add_parser(verb).add_argument("folder", type=Path)
@@ -135,6 +136,13 @@ def _upload(options: argparse.Namespace) -> dict[str, Any]:
     folder = Path(options.folder or _RUNS / options.run_id).expanduser().absolute()
     if driver_pid(folder) is not None:
         raise ArgumentError(f"{options.run_id} is already running on the cluster; watch it: forge runs watch")
+    if (
+        options.mark is not None and (folder / options.mark).exists()
+    ):  # each record would be written twice, for ever
+        raise ArgumentError(
+            f"{folder} on the cluster is also the run's folder on this machine, and both write events.jsonl: set "
+            "storage in the cluster file, or checkpoint.to, to a folder that is not the one of this machine's runs"
+        )
     try:
         if options.folder is None:  # otherwise the user has chosen the place, and who may read it
             make_private(_HOME.expanduser())

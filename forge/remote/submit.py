@@ -6,14 +6,16 @@ copies the records back.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
 import platform
+import secrets
 import tarfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
@@ -245,12 +247,25 @@ def _upload(cluster: Cluster, plan: Plan, folder: Path) -> str:
     stdin = (
         json.dumps(credentials_for(cluster) | variables_for(plan)).encode() + b"\n" + _packed(folder, names=names)
     )
-    uploaded = ask(cluster, *words, stdin=stdin, timeout_s=_SEND_TIMEOUT_S)
+    with _marked(folder) as mark:
+        words += [] if cluster.shares_files else ["--mark", mark]
+        uploaded = ask(cluster, *words, stdin=stdin, timeout_s=_SEND_TIMEOUT_S)
     if not uploaded["has_corpus"]:
         _send_corpus(cluster, plan)
         uploaded = ask(cluster, *words, stdin=stdin, timeout_s=_SEND_TIMEOUT_S)
     remote_folder: str = uploaded["folder"]
     return remote_folder
+
+
+@contextlib.contextmanager
+def _marked(folder: Path) -> Iterator[str]:
+    """Put an empty file into a folder, by which another machine finds out whether it sees the same folder."""
+    path = folder / f".mark-{secrets.token_hex(8)}"
+    path.touch()
+    try:
+        yield path.name
+    finally:
+        path.unlink(missing_ok=True)
 
 
 def _send_corpus(cluster: Cluster, plan: Plan) -> None:
