@@ -162,8 +162,8 @@ def num_results(there: Path) -> int:
 
 @pytest.mark.slow
 def test_answer__wrong_prompt__says_which_and_leaves_nothing(cluster: Elsewhere, model: Path, home: Path) -> None:
-    (home / "prompts.jsonl").write_text('{"ids": [70000]}\n')
+    (home / "prompts.jsonl").write_text('{"text": "a", "pair": "b"}\n')
     request = request_of(model, home / "prompts.jsonl", home / "answers.jsonl")
-    with pytest.raises(Exception, match="prompt 1: the tokenizer has 300 ids"):
+    with pytest.raises(Exception, match="prompt 1: a causal-lm model reads one text"):
         answer(request, Recorded())
     assert not list((state_home() / "maps").iterdir())
