@@ -27,7 +27,7 @@ check: setup tools
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	FORGE_CHECK_SKIPS=1 FORGE_FUZZ_SECONDS=2 $(BIN)/python -m pytest -m "not slow and not alone" --numprocesses 2 --dist loadfile
+	FORGE_CHECK_SKIPS=1 FORGE_FUZZ_SECONDS=2 $(BIN)/python -m pytest -m "not slow and not alone" --numprocesses 3 --dist loadfile
 	FORGE_CHECK_SKIPS=1 $(BIN)/python -m pytest -m "not slow and alone"
 
 # The programs that tests start: OpenSSH's server, rsync, iproute2.

@@ -47,7 +47,7 @@ ALONE = (
     *("runtime/test_train_end_to_end.py", "runtime/test_user_code_end_to_end.py"),
 )
 """Folders and modules under tests/ that start Ray or hosts, or measure; `make test` runs them one at a time, and
-the others two at a time."""
+the others three at a time."""
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -65,6 +65,7 @@ def test_generate__says_what_it_waits_for(tmp_path: Path, monkeypatch: pytest.Mo
     answer |= {"answers": [{"text": "b", "finish_reason": "length"}]}
     monkeypatch.setattr(torch_subprocess, "_run", lambda *_, **__: dict(answer))
     folder = make_run(tmp_path)
+    (folder / "checkpoints" / "step-00000003").mkdir(parents=True)
     done = CliRunner().invoke(app, ["generate", str(folder), "--prompt", "a"])
     assert done.stdout == "ab\n"
     lines = done.stderr.splitlines()

@@ -48,7 +48,7 @@ def env(home: Path) -> dict[str, str]:
         (["runs", "show", "nobody"], 2, r"no run 'nobody' under runs"),
         (["runs", "watch", "broken"], 4, r"a rank died"),
         (["runs", "watch", "ended"], 4, r"died without recording why"),
-        (["generate", "broken"], 2, r"holds no checkpoint that verifies"),
+        (["generate", "broken"], 2, r"broken has no checkpoint in"),
         (["cluster", "up", "--port", "99999"], 2, r"'--port': .* 65535"),
         (["nonsense"], 2, r"No such command 'nonsense'"),
     ],

@@ -124,8 +124,9 @@ class RunAlerts:
     def _read(self) -> list[Alert]:
         now_s = time.monotonic()
         alerts: list[Alert] = []
-        new = (reader.read() for reader in self._readers)
-        for record in merge(*new, key=itemgetter("time")):
+        steps, events = self._readers
+        new = list(events.read())  # first, so that the steps before them are read with them
+        for record in merge(steps.read(), new, key=itemgetter("time")):
             if "event" in record:
                 self._remember(record)
                 alerts += self._detector.event(record, now_s=now_s)
