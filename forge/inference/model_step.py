@@ -7,8 +7,9 @@ model that does not pass is run by `SeparateModel`, one sequence after another.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import pairwise
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
@@ -17,10 +18,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from forge.inference.lanes import Lane, divide
 from forge.inference.packed_rows import (
     ATTENTION,
     PromptPiece,
     Rows,
+    RowsFrom,
     StepLayout,
     UnsupportedAttention,
     aligned,
@@ -33,6 +36,8 @@ from forge.process import one_line
 
 _PAD = 4
 """Matrix products of this many tokens, and of multiples, have the same bits for the same token."""
+_TWO_LANES = (2, 3)
+"""Numbers of threads with which two threads compute a part of a step each. With more it was not measured."""
 _PROBE_TOKENS = 40
 _PROBE_STOPS = (1, 20, 38, 39, 40)
 _PROBE_ROWS = (1, 3, 5)
@@ -71,6 +76,8 @@ class PackedModel:
         self._like = next(model.parameters())
         self._no_mask = self._like.new_zeros(1, 1, 1, 1)  # models pass a mask of four dimensions on as it is
         self._traced: TracedStep | None = None
+        self._pool: ThreadPoolExecutor | None = None
+        """Of one thread, if two parts of a step are computed at once, each with one thread."""
         self.can_draft = False
         """Whether several tokens of a text have the same bits in one step as one after another."""
         layers = set(getattr(model.config.get_text_config(), "layer_types", None) or ["full_attention"])
@@ -89,6 +96,29 @@ class PackedModel:
         self.rows = Rows()
 
     def logits(self, step: PlannedStep) -> Tensor:
+        lanes = [Lane(step=step)]
+        if self._pool is not None and self.rows.layers and self._adapters_of(step) == {None}:
+            lanes = divide(step, pad=_PAD)
+        if self._pool is None or len(lanes) == 1:
+            return self._in_lane(lanes[0])
+        # Rows of two lanes are different ones, and a lane's kernels run while the other one's Python code does.
+        other = self._pool.submit(self._in_lane, lanes[1])
+        try:
+            own = self._in_lane(lanes[0])
+            return torch.cat([own, other.result()])
+        finally:
+            wait([other])
+
+    def _adapters_of(self, step: PlannedStep) -> set[str | None]:
+        return {one.adapter for one in (*step.decoding, *(one for one, _ in step.prompts))}
+
+    def _in_lane(self, lane: Lane) -> Tensor:
+        if self._pool is not None:
+            torch.set_num_threads(1)  # of this thread alone
+        return self._part_logits(lane)
+
+    def _part_logits(self, lane: Lane) -> Tensor:
+        step, rows = lane.step, self.rows if lane.first == 0 else RowsFrom(self.rows, first=lane.first)
         positions = [one.num_computed for one in step.decoding]
         tokens = [one.tokens[one.num_computed] for one in step.decoding]
         tokens += step.draft
@@ -109,9 +139,7 @@ class PackedModel:
             at += [0] * padding
             keep += keep[-1:] * (-num_kept % _PAD)
         pieces = [piece for _, piece in step.prompts]
-        layout = StepLayout(
-            self.rows, positions=positions, pieces=pieces, like=self._like, is_one_text=bool(step.draft)
-        )
+        layout = StepLayout(rows, positions=positions, pieces=pieces, like=self._like, is_one_text=bool(step.draft))
         if self._adapters is None or not any(named):
             return self._forward(tokens, at, layout, keep=keep, num_kept=num_kept)
         with self._adapters.using(named):
@@ -120,7 +148,8 @@ class PackedModel:
     def tune(self, held: Sequence[HeldWeight]) -> str | None:
         """Find out which faster ways of computing a step have the same bits, and use those.
 
-        They are: a trace, for steps without prompts and adapters; several tokens of one text at once (`can_draft`).
+        They are: a trace, for steps without prompts and adapters; two parts of a step at once, where there
+        are two or three threads; several tokens of one text at once (`can_draft`).
 
         Args:
             held: weights that a trace cannot hold itself.
@@ -129,6 +158,18 @@ class PackedModel:
         """
         if self._like.device.type != "cpu":
             return "the model is not on the CPU"
+        if torch.get_num_threads() in _TWO_LANES:
+            self._pool = ThreadPoolExecutor(1, thread_name_prefix="lane")
+        with self._threads_of_steps():
+            problem = self._trace(held)
+        if problem is not None:
+            self._pool = None  # two lanes of Python code would wait for each other
+        with self._threads_of_steps():
+            self.can_draft = torch.equal(self._at_once(), self._alone_and_among(1)[1:])
+        self.rows = Rows()
+        return problem
+
+    def _trace(self, held: Sequence[HeldWeight]) -> str | None:
         expected = [self._alone_and_among(count) for count in _PROBE_ROWS]
         problem = None
         try:
@@ -140,9 +181,18 @@ class PackedModel:
             problem = one_line(error)
         if problem is not None:
             self._traced = None
-        self.can_draft = torch.equal(self._at_once(), expected[0][1:])
-        self.rows = Rows()
         return problem
+
+    @contextmanager
+    def _threads_of_steps(self) -> Iterator[None]:
+        """Compute with as many threads as steps do: products of one thread have other bits than those of two."""
+        num_threads = torch.get_num_threads()
+        try:
+            if self._pool is not None:
+                torch.set_num_threads(1)
+            yield
+        finally:
+            torch.set_num_threads(num_threads)
 
     @torch.inference_mode()
     def _new_trace(self, held: Sequence[HeldWeight]) -> TracedStep:
@@ -171,7 +221,7 @@ class PackedModel:
             torch.tensor(keep, device=device, dtype=torch.int64),
         )
         if self._traced is not None and self.rows.layers and may_trace and not layout.pieces:
-            found = self._traced(inputs, rows=self.rows, layout=layout)
+            found = self._traced(inputs, layout=layout)
         else:
             with using(layout):
                 found = self._compute(*inputs)
@@ -187,7 +237,8 @@ class PackedModel:
     def is_repeatable(self) -> bool:
         """Whether a token has the same bits alone and in a batch with others, at the lengths of a short probe."""
         if self._model not in _REPEATABLE:
-            _REPEATABLE[self._model] = torch.equal(self._alone_and_among(1), self._alone_and_among(9))
+            with self._threads_of_steps():
+                _REPEATABLE[self._model] = torch.equal(self._alone_and_among(1), self._alone_and_among(9))
             self.rows = Rows()
         return _REPEATABLE[self._model]
 

@@ -78,7 +78,7 @@ class Rows:
                 kept = old[:num_rows, :, :length]
                 new[: kept.shape[0], :, : kept.shape[2]] = kept
 
-    def layer(self, index: int, key: Tensor, value: Tensor) -> list[Tensor]:
+    def layer(self, index: int, key: Tensor, value: Tensor) -> Sequence[Tensor]:
         """Keys and values of one layer: two tensors [rows, heads, length, dim]."""
         if index not in self._layers:
             self._layers[index] = [self._allocate(key), self._allocate(value)]
@@ -105,6 +105,23 @@ class Rows:
         return like.new_zeros(self.num_rows, like.shape[1], self.length, like.shape[3])
 
 
+class RowsFrom:
+    """The rows from one on, as if it were the first; writing to them writes to the others' tensors.
+
+    Args:
+        rows: whose layers have all been used.
+    """
+
+    def __init__(self, rows: Rows, *, first: int) -> None:
+        self.layers: Mapping[int, Sequence[Tensor]] = {
+            index: [tensor[first:] for tensor in layer] for index, layer in rows.layers.items()
+        }
+
+    def layer(self, index: int, key: Tensor, value: Tensor) -> Sequence[Tensor]:
+        """As `Rows.layer`."""
+        return self.layers[index]
+
+
 class StepLayout:
     """Which token of a packed batch belongs to which position of which row.
 
@@ -117,7 +134,7 @@ class StepLayout:
 
     def __init__(
         self,
-        rows: Rows,
+        rows: Rows | RowsFrom,
         *,
         positions: Sequence[int],
         pieces: Sequence[PromptPiece],

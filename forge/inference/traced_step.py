@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from forge.inference.packed_rows import Rows, StepLayout, TracedLayout, attend_newest, using
+from forge.inference.packed_rows import Rows, RowsFrom, StepLayout, TracedLayout, attend_newest, using
 
 _JIT: Any = torch.jit
 Compute = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -64,13 +64,13 @@ class TracedStep:
             self._trace: Any = _JIT.trace(self._traced, (*inputs, *state), check_trace=False)
         _require_fixed_code(caught)
 
-    def __call__(self, inputs: tuple[Tensor, Tensor, Tensor], *, rows: Rows, layout: StepLayout) -> Tensor:
+    def __call__(self, inputs: tuple[Tensor, Tensor, Tensor], *, layout: StepLayout) -> Tensor:
         """Compute the logits of a step."""
         with _JIT.optimized_execution(False):  # whose fusions could change bits
-            logits: Tensor = self._trace(*inputs, *self._state(rows, layout))
+            logits: Tensor = self._trace(*inputs, *self._state(layout.rows, layout))
         return logits
 
-    def _state(self, rows: Rows, layout: StepLayout) -> list[Tensor]:
+    def _state(self, rows: Rows | RowsFrom, layout: StepLayout) -> list[Tensor]:
         masks = [layout.decoding_mask(window=window, group=group) for window, group in self._masks.items()]
         layers = [tensor for index in self._layers for tensor in rows.layers[index]]
         return [layout.indices, layout.positions, *masks, *layers, *self._weights]

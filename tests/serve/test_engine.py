@@ -29,8 +29,10 @@ from transformers import (
 from forge.errors import ArgumentError, DivergedError
 from forge.inference.adapters import load_adapters
 from forge.inference.drafts import Drafts
+from forge.inference.lanes import Lane, divide
 from forge.inference.model_step import PackedModel
 from forge.inference.sampling import SamplingParams
+from forge.inference.schedule import PlannedStep
 from forge.inference.traced_step import TracedStep
 from forge.serve.engine import ServingEngine
 from forge.serve.packed_linear import pack_linears
@@ -315,6 +317,36 @@ def test_a_seeded_text_is_the_same_whatever_else_runs(texts_alone: list[list[int
     assert (stats.running, stats.waiting, stats.used_tokens) == (0, 0, 0)
 
 
+def test_texts_of_two_lanes_have_the_bits_of_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    num_threads = torch.get_num_threads()
+    found: list[list[Answer]] = []
+    num_lanes: list[int] = []
+
+    def counted(step: PlannedStep, *, pad: int) -> list[Lane]:
+        num_lanes.append(len(divide(step, pad=pad)))
+        return divide(step, pad=pad)
+
+    monkeypatch.setattr("forge.inference.model_step.divide", counted)
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            engine = ServingEngine(tiny(LLAMA), options=EngineOptions(max_rows=12, step_tokens=128))
+
+            async def run(engine: ServingEngine = engine) -> list[Answer]:
+                sampling = {"max_tokens": 20, "temperature": 1.0, "seed": 3, "logprobs": 1, "ignore_end": True}
+                given = enumerate(prompts(NUM_TEXTS))
+                return await asyncio.gather(*(ask(engine, str(number), one, **sampling) for number, one in given))
+
+            found.append(asyncio.run(run()))
+            engine.close()
+            assert torch.get_num_threads() == threads
+            assert (2 in num_lanes) == (threads == 2)
+    finally:
+        torch.set_num_threads(num_threads)
+    for one, two in zip(*found, strict=True):
+        assert (one.ids, one.logprobs) == (two.ids, two.logprobs)
+
+
 def test_a_prompt_that_begins_like_an_earlier_one_is_not_computed_again(engine: ServingEngine) -> None:
     prompt = [*range(200), 5]
     first = asyncio.run(ask(engine, "a", prompt, max_tokens=5))
@@ -398,7 +430,7 @@ def test_a_model_whose_code_depends_on_values_is_not_traced(monkeypatch: pytest.
 
 
 def test_a_trace_of_other_logits_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(TracedStep, "__call__", lambda self, inputs, rows, layout: torch.zeros(1, 4, 257))
+    monkeypatch.setattr(TracedStep, "__call__", lambda self, inputs, layout: torch.zeros(1, 4, 257))
     packed = PackedModel(tiny(LLAMA).model)
     assert packed.tune([]) == "a trace gives other logits"
     assert packed._traced is None
