@@ -3,7 +3,7 @@
 A step of a small model on a CPU is hardly faster with two threads for each kernel: kernels of a few tokens run on
 one, and so does Python. Two lanes with one thread each keep both busy: their rows are different ones, and a trace
 (`forge.inference.traced_step`) runs without the interpreter's lock. With SmolLM2-135M on two cores of an Intel Xeon
-a lane more is worth 17 % more tokens with 8 texts, and 42 % with 32 (benchmarks/RESULTS.md).
+the second lane gives 17 % more tokens with 8 texts, and 25 to 42 % with 32 (benchmarks/RESULTS.md).
 """
 
 from __future__ import annotations
