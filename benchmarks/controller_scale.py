@@ -3,12 +3,20 @@
     python -m benchmarks.controller_scale --json FILE
 
 The real supervisor, with simulated agents in this process that answer at once. Messages are JSON text, which is
-encoded and decoded here as over a network.
+encoded and decoded here as over a network; the connections themselves are measured by
+`benchmarks.controller_connections`.
 
     decision      one node is lost: from the end of its connection until the last surviving agent has its start
-                  command, including the reports of all others that they have stopped, and their ranks ended
-    heartbeats    as many per second as the supervisor asks for, every tenth with changed replicas, and its own
-                  ticks: CPU time per second
+                  command, including the reports of all others that they have stopped
+    heartbeats    as many per second as the supervisor asks for, and its own ticks: CPU time per second. Without
+                  changed replicas, with changed replicas and step times in every tenth, and in every one, as when a
+                  step takes longer than the interval
+    announcing    the CPU time to send all agents the endpoints of all others (`source_shards`), while ranks train;
+                  the first decision is also measured before that
+
+What the simulated agents themselves do, mostly to encode their reports, is measured and left out of all figures of
+decisions but those that end in `_with_agents`: a real supervisor does not pay it. Its own encoding and decoding is
+in all of them.
 
 Every agent holds two steps of its own ranks and two of its neighbour's. One node more than the job needs is
 connected, so that the world size stays the same through all changes.
@@ -22,13 +30,15 @@ import json
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.report import benchmark_parser, parse_options, print_table, write_json
 from forge.elastic.agent_connections import AgentConnection
+from forge.elastic.messages import to_json
 from forge.elastic.states import MembershipState, Phase
+from forge.elastic.straggler_watch import StragglerTerms, StragglerWatch
 from forge.elastic.supervisor import Supervisor
 from forge.events import GenerationStarted
 from forge.pricing.budget import CostLimits, CostMeter
@@ -37,13 +47,23 @@ from tests.support.placement import FixedPlacement
 SIZES = ((10_000, 1), (4096, 1), (512, 8))
 """(number of agents, ranks of each)."""
 TICKS_PER_S = 10
-HEARTBEATS_PER_REPLICAS = 10
+HEARTBEATS_PER_REPLICAS = (None, 10, 1)
 MAX_LISTENING_S = 60.0
 """Upper bound of one measurement, if the supervisor cannot keep up."""
 STEPS_PER_GENERATION = 100
 AIM_DECISION_S = 1.0
 AIM_ATTACH_CPU_S = 5.0
 AIM_SHARE = 0.5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decision:
+    """What one lost node costs the supervisor, without the simulated agents."""
+
+    seconds: float
+    cpu_s: float
+    agents_s: float
+    """What the agents took in the same time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,30 +74,37 @@ class Scale:
     ranks_per_agent: int
     attach_cpu_s: float
     """CPU time until all agents are attached and have their start commands."""
-    decisions_s: tuple[float, ...]
-    decisions_cpu_s: tuple[float, ...]
-    """The same in CPU time."""
+    unannounced: Decision
+    """The first one, before the agents know each other's endpoints."""
+    announcing_cpu_s: float
+    decisions: tuple[Decision, ...]
     heartbeats_per_s: float
-    cpu_share: float
-    """Share of one core, for heartbeats and ticks."""
-    quiet_cpu_share: float
-    """The same without changed replicas."""
+    cpu_shares: tuple[float, ...]
+    """Share of one core, for heartbeats and ticks, for each of `HEARTBEATS_PER_REPLICAS`."""
 
     def figures(self) -> dict[str, Any]:
         """As JSON."""
-        ordered = sorted(self.decisions_s)
+        ordered = sorted(decision.seconds for decision in self.decisions)
+        quiet, tenth, every = self.cpu_shares
         return {
             "num_agents": self.num_agents,
             "num_ranks": self.num_agents * self.ranks_per_agent,
             "attach_cpu_s": self.attach_cpu_s,
-            "decision_cpu_p50_s": statistics.median(self.decisions_cpu_s),
+            "announcing_cpu_s": self.announcing_cpu_s,
+            "decision_unannounced_cpu_s": self.unannounced.cpu_s,
+            "decision_cpu_p50_s": statistics.median(decision.cpu_s for decision in self.decisions),
+            "decision_cpu_max_s": max(decision.cpu_s for decision in self.decisions),
+            "decision_cpu_p50_s_with_agents": statistics.median(
+                decision.cpu_s + decision.agents_s for decision in self.decisions
+            ),
             "num_changes": len(ordered),
             "decision_p50_s": statistics.median(ordered),
             "decision_p99_s": ordered[min(len(ordered) - 1, int(0.99 * len(ordered)))],
             "decision_max_s": ordered[-1],
             "heartbeats_per_s": self.heartbeats_per_s,
-            "heartbeat_cpu_share": self.cpu_share,
-            "heartbeat_cpu_share_without_replicas": self.quiet_cpu_share,
+            "heartbeat_cpu_share": tenth,
+            "heartbeat_cpu_share_without_replicas": quiet,
+            "heartbeat_cpu_share_all_with_replicas": every,
         }
 
 
@@ -94,24 +121,32 @@ def main() -> None:
         header=[
             "agents",
             "ranks",
-            "decision: CPU s",
+            "decision: CPU p50 s",
             "p50 s",
             "p99 s",
             "max s",
+            "unannounced s",
             "heartbeats/s",
-            "cores",
-            "cores, no replicas",
+            "cores: no replicas",
+            "1 of 10",
+            "all",
             "attach CPU s",
+            "announcing",
         ],
         rows=[
             [
                 f"{of['num_agents']:,}",
                 f"{of['num_ranks']:,}",
-                *(f"{of[f'decision_{which}_s']:.3f}" for which in ("cpu_p50", "p50", "p99", "max")),
+                *(
+                    f"{of[f'decision_{which}_s']:.3f}"
+                    for which in ("cpu_p50", "p50", "p99", "max", "unannounced_cpu")
+                ),
                 f"{of['heartbeats_per_s']:,.0f}",
-                f"{of['heartbeat_cpu_share']:.2f}",
                 f"{of['heartbeat_cpu_share_without_replicas']:.2f}",
+                f"{of['heartbeat_cpu_share']:.2f}",
+                f"{of['heartbeat_cpu_share_all_with_replicas']:.2f}",
                 f"{of['attach_cpu_s']:.2f}",
+                f"{of['announcing_cpu_s']:.2f}",
             ]
             for of in found
         ],
@@ -122,31 +157,40 @@ def main() -> None:
 
 async def measure(num_agents: int, ranks_per_agent: int, *, options: argparse.Namespace) -> Scale:
     """Measure changes first, then heartbeats of the last generation."""
-    cluster = Cluster(num_agents=num_agents, ranks_per_agent=ranks_per_agent)
+    unannounced = build_cluster(num_agents, ranks_per_agent).lose_one()
     began = time.process_time()
-    for _ in range(num_agents + 1):
-        cluster.add()
-    cluster.tick()
+    cluster = build_cluster(num_agents, ranks_per_agent)
     attach_cpu_s = time.process_time() - began
-    cluster.start_generation()
-    decisions_s, decisions_cpu_s = [], []
+    began = time.process_time()
+    cluster.announce()
+    announcing_cpu_s = time.process_time() - began
+    decisions = []
     for _ in range(options.repeats):
-        began = time.process_time()
-        decisions_s.append(cluster.lose_one())
-        decisions_cpu_s.append(time.process_time() - began)
+        decisions.append(cluster.lose_one())
         cluster.replace_lost()
     seconds = 1 if options.smallest else 5
-    quiet = cluster.cpu_share(seconds=seconds, heartbeats_per_replicas=None)
     return Scale(
         num_agents=num_agents,
         ranks_per_agent=ranks_per_agent,
         attach_cpu_s=attach_cpu_s,
-        decisions_s=tuple(decisions_s),
-        decisions_cpu_s=tuple(decisions_cpu_s),
+        unannounced=unannounced,
+        announcing_cpu_s=announcing_cpu_s,
+        decisions=tuple(decisions),
         heartbeats_per_s=cluster.heartbeats_per_s,
-        cpu_share=cluster.cpu_share(seconds=seconds, heartbeats_per_replicas=HEARTBEATS_PER_REPLICAS),
-        quiet_cpu_share=quiet,
+        cpu_shares=tuple(
+            cluster.cpu_share(seconds=seconds, heartbeats_per_replicas=every) for every in HEARTBEATS_PER_REPLICAS
+        ),
     )
+
+
+def build_cluster(num_agents: int, ranks_per_agent: int) -> Cluster:
+    """Attach all agents, and start the first generation."""
+    cluster = Cluster(num_agents=num_agents, ranks_per_agent=ranks_per_agent)
+    for _ in range(num_agents + 1):
+        cluster.add()
+    cluster.tick()
+    cluster.start_generation()
+    return cluster
 
 
 class Agent:
@@ -170,6 +214,10 @@ class Agent:
         """The ranks whose replicas it holds: its own and its neighbour's."""
         self.heartbeat_s = 0.0
         self.started_at = 0.0
+        self.num_announcements = 0
+        """Of endpoints."""
+        self.busy_s = 0.0
+        """What it took to encode its reports."""
 
     def registration(self) -> dict[str, Any]:
         return {
@@ -194,20 +242,19 @@ class Agent:
         ]
         return {"report": "heartbeat", "generation": self.generation, "ranks": progress}
 
-    def _receive(self, message: Mapping[str, Any]) -> None:
-        json.dumps(message)
+    def _receive(self, message: dict[str, Any]) -> None:
+        to_json(message)
         match message["command"]:
             case "set_heartbeat":
                 self.heartbeat_s = message["heartbeat_s"]
+            case "endpoints":
+                self.num_announcements += 1
             case "stop":
+                began = time.perf_counter()
                 replicas = self.replicas(self.generation * STEPS_PER_GENERATION)
-                generation = message["generation"]
-                self._report(
-                    self, json.dumps({"report": "stopped", "generation": generation, "replicas": replicas})
-                )
-                ended = {"report": "ended", "generation": generation, "end": "broken", "error": None, "step": 0}
-                for rank in self.ranks:
-                    self._report(self, json.dumps(ended | {"rank": rank, "reason": "it was killed"}))
+                stopped = {"report": "stopped", "generation": message["generation"], "replicas": replicas}
+                self._report(self, json.dumps(stopped))
+                self.busy_s += time.perf_counter() - began
             case "start":
                 self.generation, self.world_size = message["generation"], message["world_size"]
                 self.ranks = message["ranks"]
@@ -223,15 +270,21 @@ class Cluster:
         self._ranks_per_agent = ranks_per_agent
         num_ranks = num_agents * ranks_per_agent
         self._now = 0.0
+        placement = FixedPlacement(ranks_per_agent)
         self._supervisor = Supervisor(
             MembershipState(min_workers=num_ranks, max_workers=num_ranks),
-            placement=FixedPlacement(ranks_per_agent),
+            placement=placement,
             record_event=lambda event: None,
             checkpoints="/nowhere",
             meter=CostMeter(
                 CostLimits(usd=1e9, usd_per_hour=1e9), head="head", head_usd_per_hour=1.0, spent_usd=0.0
             ),
             clock=lambda: self._now,
+            stragglers=StragglerWatch(
+                StragglerTerms(replaces=False, global_batch_size=num_ranks),
+                placement=placement,
+                record_event=lambda event: None,
+            ),
         )
         self._agents: dict[str, Agent] = {}
         self._reports: deque[tuple[Agent, str]] = deque()
@@ -269,18 +322,29 @@ class Cluster:
         )
         assert self._supervisor.state.phase is Phase.TRAINING
 
-    def lose_one(self) -> float:
-        """Lose a node. Returns: seconds until the last start command."""
+    def lose_one(self) -> Decision:
+        """Lose a node, and start the next generation."""
         state = self._supervisor.state
         lost = self._agents.pop(state.assignment[state.generation * 97 % len(state.assignment)])
-        began = time.perf_counter()
+        busy_s = sum(agent.busy_s for agent in self._agents.values())
+        began, began_cpu = time.perf_counter(), time.process_time()
         self._supervisor.detach(lost.connection, reason="its connection closed")
         while self._reports:
             agent, text = self._reports.popleft()
             self._supervisor.receive(agent.connection, json.loads(text))
         after = self._supervisor.state
         assert (after.phase, after.generation) == (Phase.STARTING, state.generation + 1)
-        return max(self._agents[name].started_at for name in after.assignment) - began
+        cpu_s = time.process_time() - began_cpu
+        agents_s = sum(agent.busy_s for agent in self._agents.values()) - busy_s
+        seconds = max(self._agents[name].started_at for name in after.assignment) - began
+        return Decision(seconds=seconds - agents_s, cpu_s=cpu_s - agents_s, agents_s=agents_s)
+
+    def announce(self) -> None:
+        """Let time pass until all agents have the endpoints of all others."""
+        num_before = -1
+        while (num_now := sum(agent.num_announcements for agent in self._agents.values())) > num_before:
+            num_before = num_now
+            self.tick()
 
     def replace_lost(self) -> None:
         """Begin to train after a loss, and attach another node."""
@@ -317,11 +381,13 @@ class Cluster:
         reports = []
         for number in range(count):
             agent = agents[number % len(agents)]
-            # All agents replicate the same steps and report each once.
-            step = agent.generation * STEPS_PER_GENERATION + 1 + number // (HEARTBEATS_PER_REPLICAS * len(agents))
+            # All agents replicate the same steps.
+            step = agent.generation * STEPS_PER_GENERATION + 1 + number // len(agents)
             heartbeat = agent.heartbeat(step)
             if heartbeats_per_replicas is not None and number % heartbeats_per_replicas == 0:
                 heartbeat["replicas"] = agent.replicas(step)
+                heartbeat["own_times"] = [[rank, 390_000_000 + rank, step] for rank in agent.ranks]
+                heartbeat["device"] = "NVIDIA H200"
             reports.append((agent, json.dumps(heartbeat)))
         return reports
 

@@ -201,6 +201,8 @@ class Agent:
                 self._workers.dump_stacks(command["generation"])
             case "flush":
                 self._tasks.start(self._flush(command))
+            case "endpoints":
+                self._workers.learn_endpoints(command)
             case "set_peer":
                 peer = tuple(command["peer"]) if command["peer"] else None
                 self._workers.set_peer(peer, generation=command["generation"])

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
-from forge.elastic.background import BackgroundTasks
-from forge.elastic.rpc import Channel, Endpoint, Message
+from forge.elastic.agent_channel import AgentChannel
+from forge.elastic.messages import SharedMessage
+from forge.elastic.rpc import Endpoint, Message
 
 _HEARTBEAT_S = 0.25
 # Heartbeats of all agents together: a third of a core, their connections included.
@@ -39,7 +39,7 @@ class AgentConnection:
     mtbf_s: float | None = None
     """Mean time until its machine is lost, as far as it is known."""
     number: int | None = None
-    """Of its endpoint, in start commands (`SourceWriter`); None: it has none yet."""
+    """Of its endpoint, in commands (`SourceWriter`); None: it has none yet."""
     num_endpoints_sent: int = 0
     """It has been sent the endpoints with smaller numbers than this."""
 
@@ -84,8 +84,9 @@ class AgentConnections(Mapping[str, AgentConnection]):
 
     def broadcast(self, message: Message) -> None:
         """Send to all agents."""
+        shared = SharedMessage(message)
         for connection in self._by_node.values():
-            connection.send(message)
+            connection.send(shared)
 
     def excuse_silence(self, seconds: float) -> None:
         """Extend every agent's silence limit by the time during which this process did not read messages."""
@@ -104,23 +105,18 @@ class AgentConnections(Mapping[str, AgentConnection]):
             self.broadcast({"command": "set_heartbeat", "heartbeat_s": heartbeat_s})
 
 
-def accept_agent(registration: Message, channel: Channel, *, tasks: BackgroundTasks, now: float) -> AgentConnection:
-    """Build the connection of an agent that has registered; messages to it are sent in the background."""
+def accept_agent(registration: Message, channel: AgentChannel, *, now: float) -> AgentConnection:
+    """Build the connection of an agent that has registered."""
     return AgentConnection(
         node=registration["node"],
         host=registration["host"],
         endpoint=tuple(registration["endpoint"]),
         rendezvous_port=registration["rendezvous_port"],
         agent_pid=registration["pid"],
-        send=lambda message: tasks.start(_send(channel, message)),
+        send=channel.send,
         close=channel.close,
         heard_at=now,
         usd_per_hour=registration["usd_per_hour"],
         saving_usd_per_hour=registration.get("saving_usd_per_hour", 0.0),
         mtbf_s=registration.get("mtbf_s"),
     )
-
-
-async def _send(channel: Channel, message: Message) -> None:
-    with contextlib.suppress(OSError, ValueError):  # the reading side sees that the connection is closed
-        await channel.send(message)

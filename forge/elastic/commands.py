@@ -12,6 +12,7 @@ from typing import Any
 import psutil
 
 from forge.elastic.agent_connections import AgentConnection
+from forge.elastic.messages import SharedMessage
 from forge.elastic.rpc import Message
 from forge.elastic.source_shards import SourceWriter, holders
 from forge.elastic.states import FlushToStorage, MembershipState, StartGeneration
@@ -94,7 +95,8 @@ def start_commands(
         "checkpoint_risk": None if checkpoint_risk is None else asdict(checkpoint_risk),
         "is_stopping": state.is_stopping,
     }
-    commands = {}
+    commands: dict[str, Message] = {}
+    with_source: dict[int, SharedMessage] = {}
     source = sources.sources(start, state=state, connections=connections)
     for number, node in enumerate(nodes):
         peer = (
@@ -102,12 +104,15 @@ def start_commands(
             if len(nodes) > 1
             else find_spare(node, state=state, connections=connections)
         )
-        commands[node] = common | {
+        own = {
             "ranks": ranks[node],
-            "source": source[node],
             "num_on_host": num_on_host[connections[node].host],
             "peer": list(connections[peer].endpoint) if peer is not None else None,
         }
+        key = id(source[node])  # one object for all agents that have the same endpoints already
+        if key not in with_source:
+            with_source[key] = SharedMessage(common | {"source": source[node]})
+        commands[node] = SharedMessage(own, common=with_source[key])
     return commands
 
 

@@ -52,6 +52,7 @@ class HangDetector:
 
     def __init__(self) -> None:
         self._ranks: dict[int, _RankProgress] = {}
+        self._last_moved_at = -math.inf
         self._has_found = False
 
     def update(self, rank: int, *, silent_s: float, is_suspended: bool, now: float) -> None:
@@ -61,13 +62,15 @@ class HangDetector:
             silent_s: seconds since its last progress.
             is_suspended: a signal has stopped its process.
         """
-        self._ranks[rank] = _RankProgress(moved_at=now - silent_s, is_suspended=is_suspended)
+        moved_at = now - silent_s
+        self._ranks[rank] = _RankProgress(moved_at=moved_at, is_suspended=is_suspended)
+        self._last_moved_at = max(self._last_moved_at, moved_at)
 
     def find_stalled_rank(self, *, limit_s: float, now: float) -> StalledRank | None:
         """Return, once, the rank that holds up the others if none has made progress for longer than the limit."""
         if self._has_found or not self._ranks:
             return None
-        if now - max(progress.moved_at for progress in self._ranks.values()) <= limit_s:
+        if now - self._last_moved_at <= limit_s:
             return None
         self._has_found = True
         rank, progress = min(self._ranks.items(), key=lambda item: (not item[1].is_suspended, item[1].moved_at))

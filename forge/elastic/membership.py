@@ -33,7 +33,8 @@ The module is long because it contains the response to every event of a run.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from forge.elastic.sharded import ShardedMap, ShardedSet
@@ -63,6 +64,7 @@ from forge.elastic.states import (
     RankEnded,
     ReleaseSlots,
     ReplaceNode,
+    ReplicaLocation,
     ReplicasHeld,
     ReplicatedStep,
     SlotsChanged,
@@ -148,11 +150,9 @@ def decide(state: MembershipState, event: Event, *, now: float) -> Decision:
 
 def newest_complete_step(state: MembershipState) -> ReplicatedStep | None:
     """The newest step of which every rank's snapshot is complete in some node's memory."""
-    held: dict[tuple[int, int, int], set[int]] = {}
-    for node in state.nodes.values():
-        for r in node.replicas:
-            held.setdefault((r.step, r.generation, r.world_size), set()).add(r.rank)
-    newest = max((key for key, ranks in held.items() if len(ranks) == key[2]), default=None)
+    held = set[ReplicaLocation]().union(*(node.replicas for node in state.nodes.values()))
+    num_ranks = Counter((step, generation, world_size) for generation, _, world_size, step in held)
+    newest = max((key for key, count in num_ranks.items() if count == key[2]), default=None)
     return newest and ReplicatedStep(step=newest[0], generation=newest[1], world_size=newest[2])
 
 
@@ -321,15 +321,16 @@ def _advance(state: MembershipState, now: float) -> Decision:
         state, actions = _advance(replace(state, yield_until=0.0), now)
         return state, (ClaimSlots(), *actions)
     if state.phase is Phase.WAITING:
-        return _wait(state, now)
+        return _wait(state, now, found=newest_complete_step(state))
     if state.phase is Phase.STOPPING and not state.stopping_nodes:
         return _after_stop(state, now)
     if state.phase is not Phase.TRAINING or state.is_stopping:
         return state, ()
-    leaving = [name for name in _assigned_nodes(state) if _is_leaving_soon(state, name, now)]
+    preempted = _preempted_nodes(state)
+    leaving = [name for name in preempted if _is_leaving_soon(state, name, now)]
     if leaving:
         return _drain(state, now, cause="notice", reason=f"node {leaving[0]} will be preempted")
-    return _grow(state, now)
+    return _grow(state, now, preempted=preempted)
 
 
 def _advance_batched(state: MembershipState, now: float) -> Decision:
@@ -352,9 +353,12 @@ def _finish_recovery(state: MembershipState, now: float) -> Decision:
     return _break(state, now, cause="loss", reason="an agent did not come back while the supervisor was away")
 
 
-def _grow(state: MembershipState, now: float) -> Decision:
-    """Include ready nodes: shortly after they joined, or at once if one replaces a node with a notice."""
-    preempted = [name for name in _assigned_nodes(state) if state.nodes[name].preempted_at is not None]
+def _grow(state: MembershipState, now: float, *, preempted: Sequence[str]) -> Decision:
+    """Include ready nodes: shortly after they joined, or at once if one replaces a node with a notice.
+
+    Args:
+        preempted: nodes of the generation with a preemption notice.
+    """
     staying = [node for node in state.nodes.values() if node.preempted_at is None]
     possible = _num_ranks(state, sum(node.usable_slots(now, margin_s=state.margin_s) for node in staying), now=now)
     if preempted and possible >= len(state.assignment):
@@ -408,7 +412,8 @@ def _after_stop(state: MembershipState, now: float) -> Decision:
     if num_failures >= MAX_STARTUP_FAILURES:
         reason = f"{num_failures} generations in a row broke before their first step; the last: {state.failure}"
         return replace(state, phase=Phase.DONE), (FailRun(error="RunError", reason=reason),)
-    num_fruitless = _count_fruitless(state)
+    found = newest_complete_step(state)
+    num_fruitless = _count_fruitless(state, found=found)
     if num_fruitless >= MAX_FRUITLESS:
         reason = (
             f"{num_fruitless} generations in a row broke before any step after step {state.from_step} was kept; "
@@ -426,29 +431,32 @@ def _after_stop(state: MembershipState, now: float) -> Decision:
         assignment=(),
         ended_ranks=ShardedSet(),
     )
-    state, actions = _wait(replace(state, flushing=None), now, former_size=former_size)
+    state, actions = _wait(replace(state, flushing=None), now, found=found, former_size=former_size)
     if state.phase is not Phase.WAITING:
         return state, actions
     return state, (WaitForNodes(have=_usable_slots(state, now), need=state.min_workers), *actions)
 
 
-def _count_fruitless(state: MembershipState) -> int:
+def _count_fruitless(state: MembershipState, *, found: ReplicatedStep | None) -> int:
     """Count the generations in a row that broke by themselves and kept no step; a lost node does not count."""
-    found = newest_complete_step(state)
     newest = max(state.stored_step, found.step if found is not None else 0)
     if newest > state.from_step:
         return 0
     return state.num_fruitless + bool(state.break_reason and not state.has_lost_node)
 
 
-def _wait(state: MembershipState, now: float, *, former_size: int = 0) -> Decision:
-    """Start a generation as soon as there are enough slots; until then flush replicas to storage."""
-    found = newest_complete_step(state)
+def _wait(state: MembershipState, now: float, *, found: ReplicatedStep | None, former_size: int = 0) -> Decision:
+    """Start a generation as soon as there are enough slots; until then flush replicas to storage.
+
+    Args:
+        found: the newest complete step, which takes 10 ms to find on 10,000 nodes.
+        former_size: see `_start`.
+    """
     unsaved = found if found is not None and found.step > state.stored_step else None
     if state.is_stopping and unsaved is None:
         return replace(state, phase=Phase.DONE), (FinishRun(step=state.stored_step),)
     if not state.stopping_nodes and _usable_slots(state, now) >= state.min_workers:
-        return _start(state, now, former_size=former_size)
+        return _start(state, now, found=found, former_size=former_size)
     if unsaved is None and (reason := _start_failure(state)):
         return replace(state, phase=Phase.DONE), (FailRun(error="RunError", reason=reason),)
     if unsaved is None or unsaved == state.flushing:
@@ -465,10 +473,11 @@ def _start_failure(state: MembershipState) -> str:
     return f"no worker could be started: on {name} the process that starts them {node.start_failure}"
 
 
-def _start(state: MembershipState, now: float, *, former_size: int = 0) -> Decision:
+def _start(state: MembershipState, now: float, *, found: ReplicatedStep | None, former_size: int) -> Decision:
     """Start a generation, from memory if that is as new as storage.
 
     Args:
+        found: the newest complete step.
         former_size: world size of the generation before. A node with a preemption notice is left out if that size
             is reached without it, because it would have to be left out soon anyway.
     """
@@ -480,7 +489,6 @@ def _start(state: MembershipState, now: float, *, former_size: int = 0) -> Decis
     )
     if not is_enough:
         chosen, assignment = state, _assign(state, now)
-    found = newest_complete_step(state)
     from_memory = found is not None and found.step >= state.stored_step
     start = StartGeneration(
         generation=max(state.generation, state.former_generation) + 1,
@@ -530,11 +538,13 @@ def _assign(state: MembershipState, now: float) -> tuple[str, ...]:
 
 def _num_split(assignment: tuple[str, ...], *, size: int) -> int:
     """Count the groups of consecutive ranks that are on more than one node."""
+    if size == 1:
+        return 0
     return sum(len(set(assignment[at : at + size])) > 1 for at in range(0, len(assignment), size))
 
 
 def _newest_step(node: MemberNode) -> int:
-    return max((replica.step for replica in node.replicas), default=-1)
+    return max([replica.step for replica in node.replicas], default=-1)
 
 
 def _usable_slots(state: MembershipState, now: float) -> int:
@@ -568,6 +578,12 @@ def _is_leaving_soon(state: MembershipState, name: str, now: float) -> bool:
 def _assigned_nodes(state: MembershipState) -> list[str]:
     """The nodes of the generation that are still connected."""
     return [name for name in dict.fromkeys(state.assignment) if name in state.nodes]
+
+
+def _preempted_nodes(state: MembershipState) -> list[str]:
+    """The nodes of the generation with a preemption notice, in the order of their ranks."""
+    preempted = {name for name, node in state.nodes.items() if node.preempted_at is not None}
+    return [name for name in dict.fromkeys(state.assignment) if name in preempted] if preempted else []
 
 
 def _drop_old_replicas(state: MembershipState) -> Decision:

@@ -22,14 +22,11 @@ GiB/s at 0.5 CPU seconds per GiB, measured over loopback on two cores. asyncio's
 from __future__ import annotations
 
 import asyncio
-import base64
-import json
 import os
 import socket
 import struct
 import time
-import zlib
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
 from forge.elastic.background import BackgroundTasks
@@ -42,6 +39,7 @@ from forge.elastic.handshake import (
     MessageKey,
     make_nonce,
 )
+from forge.elastic.messages import from_json, to_json
 
 _HEADER = struct.Struct(f"<I{TAG_BYTES}s")
 _MAX_MESSAGE_BYTES = 64 * 2**20
@@ -122,6 +120,28 @@ class Channel:
         header = await self._read_exactly(_HEADER.size)
         text = await self._read_exactly(_length(header))
         return _decode(header, text, key=_require(self._keys).receiving)
+
+    def encode(self, message: Message) -> bytes:
+        """Return the next message to send, for a caller that sends it itself and sends nothing else before."""
+        return _encode(message, key=_require(self._keys).sending)
+
+    def decode(self, data: bytes = b"") -> Iterator[Message]:
+        """Take the complete messages from what was received, for a caller that reads the socket itself.
+
+        Args:
+            data: what has been received since the last call.
+
+        Raises: AuthenticationError; ValueError if the bytes are not a message.
+        """
+        self._read += data
+        while len(self._read) >= _HEADER.size:
+            header = bytes(self._read[: _HEADER.size])
+            end = _HEADER.size + _length(header)
+            if len(self._read) < end:
+                return
+            text = bytes(self._read[_HEADER.size : end])
+            del self._read[:end]
+            yield _decode(header, text, key=_require(self._keys).receiving)
 
     async def receive_into(self, view: memoryview) -> None:
         """Fill a buffer with the raw bytes after a message. Raises: OSError, EOFError."""
@@ -328,16 +348,6 @@ class SyncChannel:
         return bytes(buffer)
 
 
-def pack(value: Any) -> str:
-    """Compress a JSON value to a string, for long values that are sent to many agents."""
-    return base64.b64encode(zlib.compress(json.dumps(value, separators=(",", ":")).encode())).decode()
-
-
-def unpack(text: str) -> Any:
-    """Return the value that was packed."""
-    return json.loads(zlib.decompress(base64.b64decode(text)))
-
-
 async def _connect_once(endpoint: Endpoint, secret: bytes) -> Channel:
     sock = socket.socket()
     sock.setblocking(False)
@@ -352,20 +362,14 @@ async def _connect_once(endpoint: Endpoint, secret: bytes) -> Channel:
 
 
 def _encode(message: Message, *, key: MessageKey) -> bytes:
-    text = json.dumps(message).encode()
+    text = to_json(message)
     return _HEADER.pack(len(text), key.tag(text)) + text
 
 
 def _decode(header: bytes, text: bytes, *, key: MessageKey) -> Message:
     """Return a received message. Raises: AuthenticationError; ValueError if it is not a JSON object."""
     key.verify(_HEADER.unpack(header)[1], text=text)
-    try:
-        message = json.loads(text)
-    except RecursionError:
-        raise ValueError("the message is nested too deeply") from None
-    if not isinstance(message, dict):
-        raise ValueError("the message is not a JSON object")
-    return message
+    return from_json(text)
 
 
 def _length(header: bytes) -> int:

@@ -2,7 +2,8 @@
 
 A list of all endpoints in each of 10,000 commands would be 800 MB. So nodes are numbered, and an agent is sent the
 endpoints that it has not had yet; which node has which rank's snapshot is a list of numbers, most of them the one
-before plus one, which compresses to a few hundred bytes.
+before plus one, which compresses to a few hundred bytes. What an agent has never had is sent in the background
+while ranks train (`endpoints` commands), so that the first membership change need not send it.
 """
 
 from __future__ import annotations
@@ -11,8 +12,16 @@ from collections.abc import Mapping
 from itertools import accumulate
 
 from forge.elastic.agent_connections import AgentConnection
-from forge.elastic.rpc import Endpoint, Message, pack, unpack
+from forge.elastic.messages import SharedMessage, pack, unpack
+from forge.elastic.rpc import Endpoint, Message
 from forge.elastic.states import MembershipState, StartGeneration
+
+_MIN_ANNOUNCED = 64
+"""An agent that lacks fewer endpoints gets them with its next start command."""
+_ANNOUNCED_BYTES = 2 * 2**20
+"""Of `endpoints` commands at a time. A list of 10,000 endpoints has 80 KB: at ten ticks per second, all agents have
+it after 40 s, and it takes a few hundredths of a core and 20 MB/s until then.
+"""
 
 
 class SourceWriter:
@@ -21,6 +30,46 @@ class SourceWriter:
     def __init__(self) -> None:
         self._nodes: list[tuple[str, Endpoint]] = []
         """By number, also of nodes that are gone."""
+        self._generation = 0
+        """Whose nodes are being sent `endpoints` commands."""
+        self._lacking: list[str] = []
+        """Its nodes that will be sent one."""
+        self._announcements: dict[int, SharedMessage] = {}
+        """By the first number that they have; `_num_announced` is the last one plus one."""
+        self._num_announced = 0
+
+    def announcements(
+        self, state: MembershipState, *, connections: Mapping[str, AgentConnection]
+    ) -> Mapping[str, Message]:
+        """Return some of the `endpoints` commands that agents need, by node; they must be sent."""
+        if state.generation != self._generation:
+            self._begin_announcements(state, connections)
+        found: dict[str, Message] = {}
+        left = _ANNOUNCED_BYTES
+        while self._lacking and left > 0:
+            node = self._lacking.pop()
+            if node not in connections:
+                continue
+            connection = connections[node]
+            first = connection.num_endpoints_sent
+            if first not in self._announcements:
+                packed = self._pack_endpoints(first, connections)
+                self._announcements[first] = SharedMessage(
+                    {"command": "endpoints", "first": first, "endpoints": packed}
+                )
+            found[node] = self._announcements[first]
+            connection.num_endpoints_sent = self._num_announced
+            left -= len(found[node]["endpoints"])
+        return found
+
+    def _begin_announcements(self, state: MembershipState, connections: Mapping[str, AgentConnection]) -> None:
+        nodes = [node for node in dict.fromkeys(state.assignment) if node in connections]
+        for node in nodes:
+            self._number(connections[node])
+        self._generation, self._num_announced, self._announcements = state.generation, len(self._nodes), {}
+        self._lacking = [
+            node for node in nodes if self._num_announced - connections[node].num_endpoints_sent >= _MIN_ANNOUNCED
+        ]
 
     def sources(
         self, start: StartGeneration, *, state: MembershipState, connections: Mapping[str, AgentConnection]
@@ -42,17 +91,21 @@ class SourceWriter:
                     "generation": generation,
                     "numbers": steps,
                     "first": known,
-                    "endpoints": pack(
-                        [
-                            [number, *endpoint]
-                            for number, (name, endpoint) in enumerate(self._nodes[known:], known)
-                            if name in connections and connections[name].number == number
-                        ]
-                    ),
+                    "endpoints": self._pack_endpoints(known, connections),
                 }
             connections[node].num_endpoints_sent = len(self._nodes)
             found[node] = by_known[known]
         return found
+
+    def _pack_endpoints(self, first: int, connections: Mapping[str, AgentConnection]) -> str:
+        """Return the endpoints of connected nodes from a number on."""
+        return pack(
+            [
+                [number, *endpoint]
+                for number, (name, endpoint) in enumerate(self._nodes[first:], first)
+                if name in connections and connections[name].number == number
+            ]
+        )
 
     def _number(self, connection: AgentConnection) -> int:
         if connection.number is None:
@@ -67,17 +120,22 @@ class SourceReader:
     def __init__(self) -> None:
         self._endpoints: dict[int, list[object]] = {}
 
+    def learn(self, command: Message) -> None:
+        """Keep the endpoints of an `endpoints` command, or of the source in a start command."""
+        if command["first"] == 0:  # a new connection: its supervisor may have numbered the nodes differently
+            self._endpoints = {}
+        self._endpoints.update((number, endpoint) for number, *endpoint in unpack(command["endpoints"]))
+
     def shards(self, command: Message) -> list[Message]:
         """The snapshots that a start command continues from: generation, rank, endpoint.
 
-        Every start command must be passed here, in the order in which they were sent.
+        Every start command must be passed here, and every `endpoints` command to `learn`, in the order in which
+        they were sent.
         """
         source = command["source"]
         if source is None:
             return []
-        if source["first"] == 0:  # a new connection: its supervisor may have numbered the nodes differently
-            self._endpoints = {}
-        self._endpoints.update((number, endpoint) for number, *endpoint in unpack(source["endpoints"]))
+        self.learn(source)
         return [
             {"generation": source["generation"], "rank": rank, "endpoint": self._endpoints[number]}
             for rank, number in enumerate(accumulate(unpack(source["numbers"])))

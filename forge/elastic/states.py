@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import NamedTuple
 
 from forge.elastic.sharded import ShardedSet
 
@@ -26,9 +27,12 @@ class Phase(StrEnum):
     DONE = "done"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ReplicaLocation:
-    """One rank's complete snapshot of one step, in a node's memory."""
+class ReplicaLocation(NamedTuple):
+    """One rank's complete snapshot of one step, in a node's memory.
+
+    A tuple, because it is built and hashed several times faster than a dataclass: the reports on one membership
+    change of 10,000 nodes name 40,000 of them.
+    """
 
     generation: int
     rank: int
@@ -73,8 +77,9 @@ class MemberNode:
         """
         if not self.is_ready or (self.preempted_at is not None and self.preempted_at - now <= margin_s):
             return 0
-        num_quarantined = sum(until > now for until in self.quarantined_until)
-        return max(0, self.num_slots - num_quarantined * respect_quarantine)
+        if not self.quarantined_until or not respect_quarantine:
+            return self.num_slots
+        return max(0, self.num_slots - sum(until > now for until in self.quarantined_until))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -227,7 +232,7 @@ class RankEnded:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AgentStopped:
-    """A node has no rank of this generation any more."""
+    """A node has no rank of this generation any more. The ranks that it has killed have no `RankEnded`."""
 
     node: str
     generation: int

@@ -16,6 +16,8 @@ WINDOW_STEPS = 20
 """Steps of which a rank publishes the median, and new steps that every rank makes between two rounds."""
 MIN_ROUND_S = 10.0
 """Least time between two rounds: a step may take milliseconds."""
+RETRY_S = 1.0
+"""Time until the steps are looked at again that not every rank has made yet."""
 NUM_ROUNDS = 3
 """Rounds in a row that name the same node."""
 MIN_RATIO = 1.5
@@ -79,6 +81,7 @@ class StragglerDetector:
             return []
         num_steps = min((self._times[rank].num_steps for rank in range(len(assignment))), default=0)
         if num_steps < self._next_num_steps:
+            self._next_round_at = now + RETRY_S
             return []
         self._next_num_steps, self._next_round_at = num_steps + WINDOW_STEPS, now + MIN_ROUND_S
         slow = {straggler.node: straggler for straggler in self._slow(assignment, devices=devices)}

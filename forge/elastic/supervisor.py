@@ -10,6 +10,7 @@ The module is long (over 400 lines) because every report, timer and action works
 from __future__ import annotations
 
 import asyncio
+import functools
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -17,6 +18,7 @@ from dataclasses import dataclass, replace
 
 from forge import events
 from forge.elastic import states
+from forge.elastic.agent_channel import AgentChannel
 from forge.elastic.agent_connections import AgentConnection, AgentConnections, accept_agent
 from forge.elastic.background import BackgroundTasks
 from forge.elastic.commands import find_spare, start_commands
@@ -25,6 +27,7 @@ from forge.elastic.flush_coordinator import FlushCoordinator
 from forge.elastic.hang_detector import HangDetector, StepTimes
 from forge.elastic.loss_history import LossHistory
 from forge.elastic.membership import RECOVERY_S, decide
+from forge.elastic.messages import SharedMessage
 from forge.elastic.placement import Placement
 from forge.elastic.reports import attached_from, event_from
 from forge.elastic.rpc import Channel, Endpoint, Listener, Message
@@ -198,11 +201,11 @@ class Supervisor:
         registration = await channel.receive()
         if registration.get("report") != "register":
             return
-        connection = accept_agent(registration, channel, tasks=self._tasks, now=self._clock())
+        agent = AgentChannel(channel)
+        connection = accept_agent(registration, agent, now=self._clock())
         self.attach(connection, registration=registration)
         try:
-            while True:
-                self.receive(connection, await channel.receive())
+            await agent.receive_all(lambda report: self.receive(connection, report))
         finally:
             self.detach(connection, reason="its connection closed")
 
@@ -213,10 +216,13 @@ class Supervisor:
         node, now = connection.node, self._clock()
         connection.heard_at = now
         match report["report"]:
-            case "heartbeat":
+            case "heartbeat":  # thousands per second
                 self._note_progress(report, now)
                 if self._stragglers is not None:
                     self._stragglers.note(node, report, state=self.state)
+                if (event := event_from(report, node=node)) is not None:
+                    self.apply(event)
+                return
             case "forked" if report["generation"] == self.state.generation:
                 self._pids[report["rank"]] = report["pid"]
             case "started":
@@ -322,6 +328,9 @@ class Supervisor:
         if self._stragglers is not None:
             for node in self._stragglers.check(self.state, self._connections, now=now):
                 self.announce_preemption(node, source="straggler", seconds_left=NOTICE_S)
+        if self.state.phase is Phase.TRAINING:
+            for node, command in self._sources.announcements(self.state, connections=self._connections).items():
+                self._connections.send(node, command)
         self.apply(states.Tick(margin_s=2 * self._steps.p99_s + _DRAIN_S))
 
     def _check_progress(self, now: float) -> None:
@@ -358,8 +367,7 @@ class Supervisor:
             case states.StartGeneration():
                 self._start(action, decided_in_s=decided_in_s)
             case states.StopGeneration(node=node, generation=generation, keep_replicas=keep_replicas):
-                stop = {"command": "stop", "generation": generation, "keep_replicas": keep_replicas}
-                self._connections.send(node, stop)
+                self._connections.send(node, _stop_command(generation, keep_replicas=keep_replicas))
             case states.DrainGeneration():
                 self._set_flag("DRAIN")
             case states.DropReplicas(generation=generation):
@@ -440,3 +448,9 @@ class Supervisor:
             if self._meter.spent_usd:
                 self._record_event(self._meter.cost())
             self.outcome.set_result(outcome)
+
+
+@functools.lru_cache(maxsize=2)
+def _stop_command(generation: int, *, keep_replicas: bool) -> SharedMessage:
+    """Return the command to stop a generation's ranks: one object for all agents, encoded once."""
+    return SharedMessage({"command": "stop", "generation": generation, "keep_replicas": keep_replicas})

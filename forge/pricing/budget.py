@@ -88,6 +88,7 @@ class CostMeter:
         self._prices: dict[str, tuple[str, float | None]] = {}
         self._usd_per_hour: float | None = None
         self._saving_usd_per_hour = 0.0
+        self._unpriced_host: str | None = None
         self._counted_at: float | None = None
         self._reported: tuple[float, float] | None = None
         self.spent_usd, self.saved_usd = spent_usd, saved_usd
@@ -100,6 +101,9 @@ class CostMeter:
             machines = self._head | dict(self._prices.values())
             self._saving_usd_per_hour = sum(dict(self._savings.values()).values())
             self._usd_per_hour = sum(price for price in machines.values() if price is not None)
+            self._unpriced_host = min(
+                (host for host, price in self._prices.values() if price is None), default=None
+            )
         return self._usd_per_hour
 
     def add_agent(
@@ -148,16 +152,15 @@ class CostMeter:
         limits = self._limits
         if (limits.usd is None and limits.usd_per_hour is None) or not self._prices:
             return None
-        unknown = sorted(host for host, price in self._prices.values() if price is None)
-        if unknown:
+        rate = self.usd_per_hour
+        if self._unpriced_host is not None:
             return (
-                f"its cost is limited, but the price of {unknown[0]} is unknown: set usd_per_hour in the cluster "
-                f"file, or {PRICE_VARIABLE} before the cluster is started"
+                f"its cost is limited, but the price of {self._unpriced_host} is unknown: set usd_per_hour in the "
+                f"cluster file, or {PRICE_VARIABLE} before the cluster is started"
             )
         if limits.usd is not None and self.spent_usd >= limits.usd:
             return f"it has cost {self.spent_usd:.2f} USD; the limit is {limits.usd:.2f} USD"
-        if limits.usd_per_hour is not None and self.usd_per_hour > limits.usd_per_hour:
-            rate = self.usd_per_hour
+        if limits.usd_per_hour is not None and rate > limits.usd_per_hour:
             return f"its machines cost {rate:.2f} USD per hour; the limit is {limits.usd_per_hour:.2f}"
         return None
 

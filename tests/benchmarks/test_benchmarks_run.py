@@ -15,6 +15,7 @@ SLOW = (
     "checkpoint",
     "cluster",
     "cold_start",
+    "controller_connections",
     "data",
     "elastic_replay",
     "ema",

@@ -23,8 +23,9 @@ from forge.checkpoint.storage import open_storage
 from forge.checkpoint.verify import verify_checkpoint
 from forge.elastic.agent import Agent
 from forge.elastic.agent_config import AgentConfig
+from forge.elastic.messages import pack
 from forge.elastic.replicas.store import locations_from_record
-from forge.elastic.rpc import Channel, Endpoint, Listener, Message, pack
+from forge.elastic.rpc import Channel, Endpoint, Listener, Message
 from forge.elastic.states import ReplicaLocation
 from forge.elastic.workers.fork_client import ForkServerPool
 from forge.elastic.workers.status_page import StatusField, StatusPage, create_status_page

@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar
 
@@ -307,17 +307,11 @@ class World:
                 self.begin_ranks(machine, start)
             case StopGeneration(generation=generation, keep_replicas=keep_replicas):
                 machine.refused = max(machine.refused, generation - keep_replicas)
-                ended = [rank for rank, r in machine.ranks.items() if r.generation <= generation]
-                gone = {rank: machine.ranks[rank].generation for rank in ended}
-                for rank in ended:
+                for rank in [rank for rank, r in machine.ranks.items() if r.generation <= generation]:
                     self.end_rank(machine, rank)
                 machine.report(
                     AgentStopped(node=machine.name, generation=generation, replicas=self.replicas(machine))
                 )
-                for rank, of in gone.items():
-                    machine.report(
-                        RankEnded(generation=of, rank=rank, end=EndReason.BROKEN, reason="it was killed")
-                    )
             case SetFlag(generation=generation, is_stop=is_stop):
                 if 0 in machine.ranks and machine.ranks[0].generation == generation:
                     self.generations[generation].is_stopping |= is_stop
@@ -671,7 +665,7 @@ def known(state: MembershipState) -> set[ReplicaLocation]:
 
 def complete_steps(held: set[ReplicaLocation]) -> set[ReplicaLocation]:
     """Those of complete steps."""
-    return {h for h in held if all(replace(h, rank=rank) in held for rank in range(h.world_size))}
+    return {h for h in held if all(h._replace(rank=rank) in held for rank in range(h.world_size))}
 
 
 def newest(held: set[ReplicaLocation]) -> int:

@@ -17,6 +17,7 @@ import pytest
 
 from forge.elastic import rpc as rpc_module
 from forge.elastic.handshake import NONCE_BYTES, AuthenticationError
+from forge.elastic.messages import pack, unpack
 from forge.elastic.rpc import (
     Channel,
     Endpoint,
@@ -24,8 +25,6 @@ from forge.elastic.rpc import (
     Message,
     SyncChannel,
     connect,
-    pack,
-    unpack,
 )
 from tests.support.handshakes import ignore_addresses
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pytest
 
+from forge.elastic import source_shards
 from forge.elastic.agent_connections import AgentConnection
 from forge.elastic.commands import start_commands
-from forge.elastic.rpc import Message, unpack
+from forge.elastic.messages import SharedMessage, to_json, unpack
+from forge.elastic.rpc import Message
 from forge.elastic.source_shards import SourceReader, SourceWriter
 from forge.elastic.states import MemberNode, MembershipState, Phase, ReplicaLocation, StartGeneration
 from forge.elastic.straggler_detector import MIN_ROUND_S, NUM_ROUNDS, WINDOW_STEPS
@@ -271,6 +273,40 @@ def test_start_commands__ten_thousand_nodes_one_replaced__are_short() -> None:
     assert len(json.dumps(command)) < 2000
 
 
+def test_announcements__hundred_nodes__first_membership_change_is_short_and_readers_know_all() -> None:
+    names = [f"n{number:03}" for number in range(100)]
+    group = StartGroup(names)
+    readers = {name: SourceReader() for name in [*names, "late"]}
+    for name, announcement in group.announce(generation=4, nodes=names).items():
+        readers[name].learn(json.loads(to_json(announcement)))
+    assert group.announce(generation=4, nodes=names) == {}, "each agent gets it once"
+    group.connect("late", port=1)
+    del group.connections["n007"]
+    holders = [name if name != "n007" else "late" for name in names]
+    commands = group.start(from_nodes=holders)
+    assert len(unpack(commands["n000"]["source"]["endpoints"])) == 1
+    assert len(unpack(commands["late"]["source"]["endpoints"])) == 100
+    for name, command in commands.items():
+        assert readers[name].shards(json.loads(to_json(command))) == group.shards(holders)
+    assert group.announce(generation=5, nodes=holders) == {}, "nothing is missing"
+
+
+def test_announcements__more_than_the_bytes_at_a_time__continue(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(source_shards, "_ANNOUNCED_BYTES", 3000)
+    names = [f"n{number:03}" for number in range(100)]
+    group = StartGroup(names)
+    seen: list[str] = []
+    for _ in range(100):
+        found = group.announce(generation=4, nodes=names)
+        assert len(found) < 10
+        seen += found
+    assert sorted(seen) == names
+
+
+def test_announcements__few_nodes__none() -> None:
+    assert StartGroup("abc").announce(generation=4, nodes="abc") == {}
+
+
 class StartGroup:
     """Connected agents, and start commands that continue from snapshots on them."""
 
@@ -311,11 +347,23 @@ class StartGroup:
         state = MembershipState(min_workers=1, max_workers=len(nodes), nodes=nodes)
         return start_commands(start, state=state, connections=self.connections, laps={}, sources=self._writer)
 
+    def announce(self, *, generation: int, nodes: Sequence[str]) -> Mapping[str, Message]:
+        """What a tick of a generation that trains on these nodes sends."""
+        state = MembershipState(min_workers=1, max_workers=100, generation=generation, assignment=tuple(nodes))
+        return self._writer.announcements(state, connections=self.connections)
+
     def shards(self, from_nodes: Sequence[str]) -> list[Message]:
         return [
             {"generation": 4, "rank": rank, "endpoint": list(self.connections[name].endpoint)}
             for rank, name in enumerate(from_nodes)
         ]
+
+
+def test_start_commands__json__equals_the_message() -> None:
+    for command in StartGroup("abc").start(from_nodes="abc").values():
+        assert json.loads(to_json(command)) == command
+    plain = {"command": "stop", "generation": 3}
+    assert to_json(SharedMessage(plain)) == to_json(plain)
 
 
 def test_start_commands__from_storage__no_shards() -> None:

@@ -136,9 +136,9 @@ async def _send_ranges(
 
 def locations_record(locations: frozenset[ReplicaLocation]) -> list[list[int]]:
     """Convert to JSON; see `locations_from_record`."""
-    return sorted([of.generation, of.rank, of.world_size, of.step] for of in locations)
+    return [list(location) for location in sorted(locations)]
 
 
 def locations_from_record(record: list[list[int]]) -> frozenset[ReplicaLocation]:
     """Convert from the JSON of `locations_record`."""
-    return frozenset(ReplicaLocation(generation=g, rank=r, world_size=w, step=s) for g, r, w, s in record)
+    return frozenset(map(ReplicaLocation._make, record))

@@ -36,7 +36,7 @@ class RankProcess:
     replicator: Replicator | None = None
     has_reported_end: bool = False
     must_die: bool = False
-    """It is to be killed as soon as its pid is known."""
+    """It was ordered to be killed, which is done as soon as its pid is known."""
     is_gone: asyncio.Event = field(default_factory=asyncio.Event)
 
     def note_replicated(self, step: int) -> None:

@@ -135,6 +135,10 @@ class WorkerGroup:
                 rendezvous_fd=rendezvous_fd,
             )
 
+    def learn_endpoints(self, command: Message) -> None:
+        """Keep the endpoints that later start commands refer to."""
+        self._sources.learn(command)
+
     def set_flag(self, flag: StatusField, *, generation: int) -> None:
         """Set a control flag of a generation's ranks."""
         for worker in self._workers.values():
@@ -371,10 +375,14 @@ class WorkerGroup:
         self._prepare_standbys()
 
     async def _disconnected(self, worker: RankProcess) -> None:
-        """Handle a worker's closed socket: the worker has ended or is ending. Report its end if it did not."""
+        """Handle a worker's closed socket: the worker has ended or is ending. Report its end if it did not.
+
+        The end of one that the supervisor has ordered to be killed is not reported: the answer to that order
+        implies it, and a change of 10,000 ranks has 10,000 reports less.
+        """
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(worker.is_gone.wait(), timeout=_REAP_S)
-        if not worker.has_reported_end:
+        if not worker.has_reported_end and not worker.must_die:
             worker.has_reported_end = True
             reason = killed_reason(num_kills_before=worker.num_memory_kills)
             await self._report_end(worker, EndReason.BROKEN, step=0, reason=reason, error="")
