@@ -93,6 +93,7 @@ ONLY_IN = {
         "forge/train/zero3.py",
     ),
     "bitsandbytes": ("forge/model/quantise.py", "forge/train/optimizer_8bit.py"),
+    "torchao": ("forge/train/fp8.py",),
     "peft": ("forge/model/adapters.py",),
     "wandb": ("forge/runs/trackers/wandb_tracker.py", "forge/runs/trackers/wandb_log.py"),
     "mlflow": ("forge/runs/trackers/mlflow_tracker.py",),

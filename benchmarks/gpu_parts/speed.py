@@ -26,7 +26,7 @@ from forge.plan.memory import num_copies_in_memory
 from forge.plan.plan import Plan
 from forge.train.peak import measure_gemm_flops
 
-_PACKAGES = ("torch", "deepspeed", "transformers", "numpy", "pydantic", "triton", "accelerate", "ray", "wandb")
+_PACKAGES = ("torch", "deepspeed", "transformers", "numpy", "pydantic", "triton", "accelerate", "torchao", "ray", "wandb")
 _COPY_BYTES = 2 * 2**30
 _COPIES = 10
 _SPEEDS = "speeds.json"

@@ -232,6 +232,13 @@ class TrainingSpec(Section):
     """Precision of weights, activations and gradients in the forward and backward pass; master weights are always
     fp32. DeepSpeed's `bf16.enabled`."""
 
+    fp8: bool = False
+    """Compute the products of the linear layers in fp8, by torchao (`forge-train[fp8]` on every machine), on GPUs
+    of compute capability 8.9 or above. Not of the output head, nor of layers whose sizes are no multiples of 16;
+    the gradients of weights, the weights themselves and the state stay as with `precision: bf16`. Losses are near
+    those without it, and depend as little on the number of workers. Off by default: no GPU has shown what it
+    gains, and torchao gains with `compile: on` only. torchao's recipe `rowwise_with_gw_hp`."""
+
     zero: ZeroSpec = ZeroSpec()
     """Sharding of the training state over the workers."""
 

@@ -86,6 +86,8 @@ def _deciding(job: JobSpec) -> dict[str, Any]:
         values = body["data"]["tokenizer"] if section == "tokenizer" else body["model"]
         if not values.get(key):
             values.pop(key, None)
+    if not body["training"]["fp8"]:
+        del body["training"]["fp8"]
     if body["training"]["early_stopping"] is None:
         del body["training"]["early_stopping"]
     if body["training"]["ema"] is not None:

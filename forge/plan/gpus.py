@@ -16,12 +16,18 @@ class Gpu:
     memory_bytes_per_s: float
     link_bytes_per_s: float
     """To the other GPUs of its node, one direction: NVLink, or PCI Express where the GPU has no NVLink."""
+    compute_capability: tuple[int, int]
+    """Of CUDA: major and minor number."""
     marks: tuple[str, ...]
     """Lower-case words that `torch.cuda.get_device_name()` must all contain."""
 
 
+FP8_CAPABILITY = (8, 9)
+"""Least compute capability of GPUs that multiply in fp8. Source: torch's `_scaled_mm`."""
+
 # Source: NVIDIA's data sheets, the SXM variant if there are several. bf16: dense tensor-core rate (fp16 for V100
 # and T4, which have no bf16). fp32: without tensor cores, because torch does not use TF32 by default.
+# Compute capabilities: https://developer.nvidia.com/cuda-gpus.
 # Links: NVLink 2, 3, 4, 5 have 150, 300, 450, 900 GB/s in a direction; PCI Express 3 and 4 with 16 lanes 16 and 32.
 GPUS: tuple[Gpu, ...] = (
     Gpu(
@@ -31,6 +37,7 @@ GPUS: tuple[Gpu, ...] = (
         fp32_flops=75e12,
         memory_bytes_per_s=8000e9,
         link_bytes_per_s=900e9,
+        compute_capability=(10, 0),
         marks=("b200",),
     ),
     Gpu(
@@ -40,6 +47,7 @@ GPUS: tuple[Gpu, ...] = (
         fp32_flops=66.9e12,
         memory_bytes_per_s=4800e9,
         link_bytes_per_s=450e9,
+        compute_capability=(9, 0),
         marks=("h200",),
     ),
     Gpu(
@@ -49,6 +57,7 @@ GPUS: tuple[Gpu, ...] = (
         fp32_flops=60e12,
         memory_bytes_per_s=3900e9,
         link_bytes_per_s=300e9,
+        compute_capability=(9, 0),
         marks=("h100", "nvl"),
     ),
     Gpu(
@@ -58,6 +67,7 @@ GPUS: tuple[Gpu, ...] = (
         fp32_flops=51e12,
         memory_bytes_per_s=2000e9,
         link_bytes_per_s=300e9,
+        compute_capability=(9, 0),
         marks=("h100", "pcie"),
     ),
     Gpu(
@@ -67,6 +77,7 @@ GPUS: tuple[Gpu, ...] = (
         fp32_flops=66.9e12,
         memory_bytes_per_s=3350e9,
         link_bytes_per_s=450e9,
+        compute_capability=(9, 0),
         marks=("h100",),
     ),
     Gpu(
@@ -76,6 +87,7 @@ GPUS: tuple[Gpu, ...] = (
         fp32_flops=19.5e12,
         memory_bytes_per_s=2039e9,
         link_bytes_per_s=300e9,
+        compute_capability=(8, 0),
         marks=("a100", "80gb"),
     ),
     Gpu(
@@ -85,6 +97,7 @@ GPUS: tuple[Gpu, ...] = (
         fp32_flops=19.5e12,
         memory_bytes_per_s=1555e9,
         link_bytes_per_s=300e9,
+        compute_capability=(8, 0),
         marks=("a100",),
     ),
     Gpu(
@@ -94,6 +107,7 @@ GPUS: tuple[Gpu, ...] = (
         fp32_flops=91.6e12,
         memory_bytes_per_s=864e9,
         link_bytes_per_s=32e9,
+        compute_capability=(8, 9),
         marks=("l40s",),
     ),
     Gpu(
@@ -103,6 +117,7 @@ GPUS: tuple[Gpu, ...] = (
         fp32_flops=35e12,
         memory_bytes_per_s=600e9,
         link_bytes_per_s=32e9,
+        compute_capability=(8, 6),
         marks=("a10g",),
     ),
     Gpu(
@@ -112,6 +127,7 @@ GPUS: tuple[Gpu, ...] = (
         fp32_flops=31.2e12,
         memory_bytes_per_s=600e9,
         link_bytes_per_s=32e9,
+        compute_capability=(8, 6),
         marks=("a10",),
     ),
     Gpu(
@@ -121,6 +137,7 @@ GPUS: tuple[Gpu, ...] = (
         fp32_flops=30.3e12,
         memory_bytes_per_s=300e9,
         link_bytes_per_s=32e9,
+        compute_capability=(8, 9),
         marks=("l4",),
     ),
     Gpu(
@@ -130,6 +147,7 @@ GPUS: tuple[Gpu, ...] = (
         fp32_flops=82.6e12,
         memory_bytes_per_s=1008e9,
         link_bytes_per_s=32e9,
+        compute_capability=(8, 9),
         marks=("4090",),
     ),
     Gpu(
@@ -139,6 +157,7 @@ GPUS: tuple[Gpu, ...] = (
         fp32_flops=15.7e12,
         memory_bytes_per_s=900e9,
         link_bytes_per_s=150e9,
+        compute_capability=(7, 0),
         marks=("v100", "32gb"),
     ),
     Gpu(
@@ -148,6 +167,7 @@ GPUS: tuple[Gpu, ...] = (
         fp32_flops=15.7e12,
         memory_bytes_per_s=900e9,
         link_bytes_per_s=150e9,
+        compute_capability=(7, 0),
         marks=("v100",),
     ),
     Gpu(
@@ -157,6 +177,7 @@ GPUS: tuple[Gpu, ...] = (
         fp32_flops=8.1e12,
         memory_bytes_per_s=320e9,
         link_bytes_per_s=16e9,
+        compute_capability=(7, 5),
         marks=("t4",),
     ),
 )

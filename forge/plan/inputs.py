@@ -161,6 +161,17 @@ class TrainedParameter:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Fp8Layers:
+    """Linear layers of a model whose products can be computed in fp8 (`training.fp8`)."""
+
+    num_layers: int
+    num_parameters: int
+    """Of their weights."""
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    """How many of the repeated layers' others remain in bf16, by the reason: `that route to experts`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelInfo:
     """A model, counted on the meta device without allocating its weights."""
 
@@ -245,6 +256,8 @@ class ModelInfo:
     """Of a model of transformers, whether any rate of dropout is above 0."""
     sequence_parallel_problem: str | None = None
     """Why ranks cannot share a sequence, such as "BloomForCausalLM is not supported"; None if they can."""
+    fp8_layers: Fp8Layers | None = None
+    """None if unknown."""
 
     def at_length(self, seq_len: int, *, measured_at: int) -> ModelInfo:
         """Return the model with what a row of another length keeps for the backward pass, in proportion."""

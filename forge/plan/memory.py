@@ -159,6 +159,8 @@ def estimate_memory(
     activations = logits + activation_bytes(
         model, training, is_on_host=is_on_host, sequence_parallel_size=sequence_parallel_size, **sizes
     )
+    if training.fp8:
+        activations += _fp8_bytes(model, num_tokens=tokens_of_rank)
     tokens = micro_batch_size * seq_len
     if teacher is not None:
         # The logits of both, those of the student with their gradient; distributions are made of a chunk at a time.
@@ -304,6 +306,17 @@ def offloaded_bytes(model: ModelInfo, training: TrainingSpec, *, num_tokens: int
         return 0
     width = WEIGHT_BYTES[training.precision]
     return num_tokens * max(0, model.num_layers - 2) * model.hidden_size * width
+
+
+def _fp8_bytes(model: ModelInfo, *, num_tokens: int) -> int:
+    """Of the casts of one product to fp8, while it is computed: of each value of the larger operand two copies in
+    fp32, one after the other, and one in fp8; of the smaller one that in fp8.
+
+    Source: torchao 0.18, `hp_tensor_and_scale_to_float8`, uncompiled.
+    """
+    widest = max(model.hidden_size, model.intermediate_size)
+    operands = num_tokens * widest, model.hidden_size * widest
+    return 9 * max(operands) + min(operands)
 
 
 def _selected_bytes(model: ModelInfo, training: TrainingSpec, *, rows: int, seq_len: int) -> int:

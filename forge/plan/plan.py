@@ -43,7 +43,13 @@ from forge.plan.parameter_groups import groups_of, optimizer_state
 from forge.plan.schedule import FormerLength, ScheduleSteps, schedule_steps
 from forge.plan.search import SearchPlan
 from forge.plan.sequence_parallel import require_degree
-from forge.plan.speed import require_attention, require_checkpointing, require_compilable, require_liger
+from forge.plan.speed import (
+    require_attention,
+    require_checkpointing,
+    require_compilable,
+    require_fp8,
+    require_liger,
+)
 from forge.plan.throughput import Interconnect
 from forge.plan.warnings import corpus_warnings
 from forge.plan.world_size import WorldSizePlan, listed_sizes, plan_world_size
@@ -286,6 +292,7 @@ def _resolved(
     require_checkpointing(job, model)
     require_attention(job, model=model, device=hardware.device)
     require_liger(job, model=model, device=hardware.device)
+    require_fp8(job, model=model, hardware=hardware)
     _check_targets(job, corpus)
     _check_class_weights(job, corpus)
     _check_quantized(job, hardware)

@@ -5,11 +5,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from forge.config.job import JobSpec
 from forge.errors import PlanError
-from forge.plan.inputs import PLAIN_ATTENTION_TOKENS, ModelInfo
+from forge.objective.registry import OBJECTIVES
+from forge.plan.gpus import FP8_CAPABILITY, find_gpu
+from forge.plan.inputs import PLAIN_ATTENTION_TOKENS, HardwareInfo, ModelInfo
 
 LIGER_MODELS = frozenset({"gemma", "granite", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3", "smollm3"})
 """`model_type` of causal language models of which liger-kernel 0.8.5 replaces layers and forge computes the loss.
@@ -188,6 +191,42 @@ def _liger_problem(job: JobSpec, model: ModelInfo, device: str) -> str | None:
     if job.training.compile == "on":
         return "training.compile: on fuses these operations itself"
     return None
+
+
+def require_fp8(job: JobSpec, *, model: ModelInfo, hardware: HardwareInfo) -> None:
+    """Raises: PlanError if the job asks for products in fp8 and they cannot be."""
+    if job.training.fp8 and (problem := _fp8_problem(job, model, hardware)) is not None:
+        raise PlanError(f"{problem}; use false", job_key="training.fp8")
+
+
+def _fp8_problem(job: JobSpec, model: ModelInfo, hardware: HardwareInfo) -> str | None:
+    """Why products cannot be in fp8; None if they can, or that is known on the GPUs only."""
+    if hardware.device != "cuda":
+        return "products in fp8 need a GPU"
+    gpu = find_gpu(hardware.name)
+    if gpu is not None and gpu.compute_capability < FP8_CAPABILITY:
+        needed, has = (".".join(map(str, one)) for one in (FP8_CAPABILITY, gpu.compute_capability))
+        return f"products in fp8 need GPUs of compute capability {needed} or above, and {gpu.name} has {has}"
+    if job.training.precision != "bf16":
+        return f"products in fp8 have results in bf16, and training.precision is {job.training.precision}"
+    if job.model.lora is not None:
+        return (
+            "with model.lora the weights of linear layers are frozen, and adapters are too narrow to gain from fp8"
+        )
+    objective = OBJECTIVES.get(job.training.objective)
+    if objective is not None and objective.has_reference_model:
+        return (
+            f"{job.training.objective} compares the model with itself as it was, computed in bf16, so the "
+            "rounding of fp8 would be in its loss"
+        )
+    if model.fp8_layers is None or model.fp8_layers.num_layers == 0:
+        others = "".join(f"; {count} {reason}" for reason, count in _left_out(model).items())
+        return f"{model.class_name} has no torch.nn.Linear in its repeated layers that can{others}"
+    return None
+
+
+def _left_out(model: ModelInfo) -> Mapping[str, int]:
+    return {} if model.fp8_layers is None else model.fp8_layers.left_out
 
 
 def require_compilable(job: JobSpec, model: ModelInfo) -> None:

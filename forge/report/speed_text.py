@@ -22,8 +22,23 @@ def speed_facts(plan: DraftPlan) -> list[tuple[str, str]]:
             "in host memory until the backward pass" if is_used else "not moved: on a CPU they are in host memory"
         )
         facts.append(("layer inputs", f"{text} (training.activation_offload)"))
+    if plan.job.training.fp8:
+        facts.append(("fp8", _fp8_text(plan)))
     attention = attention_choice(plan.job, model=plan.model, device=plan.hardware.device)
     facts.append(("attention", f"{' or '.join(attention.names) or 'the class'} ({attention.reason})"))
     liger = liger_choice(plan.job, model=plan.model, device=plan.hardware.device)
     facts.append(("liger", f"{'fused kernels' if liger.is_on else 'not used'} ({liger.reason})"))
     return [*facts, ("compile", f"{'each layer' if choice.is_on else 'nothing'} ({choice.reason})")]
+
+
+def _fp8_text(plan: DraftPlan) -> str:
+    """Say which products are in fp8, which are not, and that the forecast does not count it."""
+    layers = plan.model.fp8_layers
+    assert layers is not None, "forge.plan.speed.require_fp8 refuses it"
+    share = layers.num_parameters / plan.model.num_parameters
+    text = f"products of {layers.num_layers:,} linear layers, {share:.0%} of the parameters"
+    if layers.left_out:
+        text += f"; not of {' and '.join(f'{count:,} {reason}' for reason, count in layers.left_out.items())}"
+    if not compile_choice(plan.job, model=plan.model, device=plan.hardware.device).is_on:
+        text += "; torchao gains with training.compile: on only"
+    return f"{text}; not measured on a GPU yet, so the forecast counts bf16 (training.fp8)"

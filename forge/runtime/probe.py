@@ -38,7 +38,7 @@ from forge.plan.inputs import CodeInfo, CorpusInfo, HardwareInfo, ModelInfo, Tea
 from forge.plan.outputs import outputs_of
 from forge.process import ending
 
-_ANSWER = 5
+_ANSWER = 6
 """Must change whenever `forge.model.inspect` answers an equal request otherwise, since answers are kept."""
 
 

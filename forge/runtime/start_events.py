@@ -23,6 +23,9 @@ _PACKAGES = (
     "numpy",
     "peft",
     "bitsandbytes",
+    "torchao",
+    "liger-kernel",
+    "flash-attn",
 )
 
 

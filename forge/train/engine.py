@@ -45,6 +45,7 @@ from forge.objective.base import (
 from forge.train.base_weights import digest_base, initial_weights
 from forge.train.cuda import move_to
 from forge.train.first_pass import Prepared, with_first_pass
+from forge.train.fp8 import use_fp8
 from forge.train.local_time import LocalTime
 from forge.train.metric_sums import MetricSums
 from forge.train.metrics import peak_memory_gib
@@ -366,6 +367,8 @@ def build_engine(
         is_selective = training.activation_checkpointing == "selective"
         offloads = training.activation_offload and device.type == "cuda"
         enable_checkpointing(model, is_selective=is_selective, offloads=offloads)
+    if training.fp8:
+        use_fp8(model, device=device, stage=training.zero.stage, recomputes=bool(training.activation_checkpointing))
     sequence = SequenceParallel.of(model, sequence_parallel_size)
     if training.zero.stage == 3:
         gather_whole_modules(model)

@@ -22,11 +22,11 @@ from torch import nn
 from torch._dynamo.callback import callback_handler
 from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from torch._dynamo.utils import counters
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from forge.events import CompileFailed, LayersCompiled, Reporter
 from forge.fs import default_cache_dir
 from forge.limits import usable_cpus
+from forge.model.repeated_layers import repeated_layers
 from forge.process import one_line
 
 _PROGRESS_S = 1.0
@@ -131,18 +131,6 @@ def prepare_compiler(*, num_ranks: int) -> None:
     torch._inductor.config.compile_threads = threads
     # Otherwise the backward pass is compiled when it first runs, where a failure can no longer be caught.
     torch._functorch.config.force_non_lazy_backward_lowering = True
-
-
-def repeated_layers(model: nn.Module) -> list[nn.Module]:
-    """Return the layers of a model of transformers, or else the modules in its lists of modules of one class."""
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    return layers or _listed_layers(model)
-
-
-def _listed_layers(module: nn.Module) -> list[nn.Module]:
-    if isinstance(module, nn.ModuleList) and len(module) > 1 and len({type(child) for child in module}) == 1:
-        return list(module)
-    return [layer for child in module.children() for layer in _listed_layers(child)]
 
 
 def _cache_counts() -> tuple[int, int]:

@@ -12,9 +12,10 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from forge.events import CompileFailed, LayersCompiled
+from forge.model.repeated_layers import repeated_layers
 from forge.model.selective_checkpoint import enable_checkpointing
 from forge.plan.inputs import CorpusInfo
-from forge.train.layer_compiler import LayerCompiler, repeated_layers
+from forge.train.layer_compiler import LayerCompiler
 from tests.support.jobs import tiny_plan
 from tests.support.ranks import RecordingReporter, run_ranks
 

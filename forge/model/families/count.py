@@ -13,6 +13,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from forge.model.adapter_names import unwrapped_name
 from forge.model.composite import encoder_of
 from forge.model.families.base import DataShape, parameter_counts
+from forge.model.fp8_layers import find_fp8_layers
 from forge.model.isolation import isolation_problem
 from forge.model.positions import num_positions
 from forge.model.sequence_parallel import sequence_parallel_problem
@@ -78,6 +79,7 @@ def count_model(model: Any, config: PretrainedConfig, *, data: DataShape, of_sou
         num_attention_heads=heads,
         num_key_value_heads=getattr(text, "num_key_value_heads", None) or heads,
         sequence_parallel_problem=sequence_parallel_problem(model),
+        fp8_layers=find_fp8_layers(model).info,
         vocab_size=text.vocab_size,
         num_outputs=text.hidden_size if data.auto_class == "AutoModel" else data.num_labels,
         max_seq_len=num_positions(model),

@@ -38,6 +38,7 @@ from forge.config.model import ModelSpec
 from forge.errors import ModelError
 from forge.model.checkpoint_files import open_weights
 from forge.model.families.base import BuildOptions, DataShape, parameter_counts
+from forge.model.fp8_layers import find_fp8_layers
 from forge.model.freeze import freeze_parameters
 from forge.model.init import stream
 from forge.model.isolation import isolation_problem
@@ -84,6 +85,7 @@ class UserClassFamily:
             look_ahead_problem=_look_ahead_problem(spec, data, flops=cost["flops"]),
             activation_bytes_per_row=cost["activation_bytes"],
             checkpointing_problem=checkpointing_problem(model),
+            fp8_layers=find_fp8_layers(model).info,
         )
 
     def build(self, spec: ModelSpec, data: DataShape, *, options: BuildOptions) -> nn.Module:
