@@ -55,13 +55,14 @@ class Part:
 
 PARTS = (
     Part(module="speed", function="environment", limit_s=40, least_s=20),
-    Part(module="training", function="reference", limit_s=40, least_s=25, device="cpu"),
+    Part(module="training", function="reference", limit_s=60, least_s=25, device="cpu"),
     Part(module="speed", function="throughput", limit_s=90, least_s=50),
     Part(module="training", function="training", limit_s=140, least_s=60),
     Part(module="speed", function="state", limit_s=60, least_s=35),
     Part(module="speed", function="kill", limit_s=60, least_s=35),
     Part(module="speed", function="peers", limit_s=180, least_s=60),
     Part(module="speed", function="memory", limit_s=60, least_s=30),
+    Part(module="options", function="options", limit_s=150, least_s=0),
     Part(module="with_ray", function="with_ray", limit_s=150, least_s=60, needs="ray"),
 )
 """In the order of their use."""
@@ -89,6 +90,7 @@ def main() -> None:
         parser.error("torch finds no CUDA device: install a torch with CUDA, or pass --device cpu --smallest")
     if device == "cpu" and not options.smallest:
         parser.error("on the CPU this only checks that it runs: pass --device cpu --smallest, or use a GPU")
+    show_sources_to_children()
     answers: dict[str, Any] = {"device": device}
     deadline = time.monotonic() + options.limit
     parts = [part for part in PARTS if part.function in options.only]
@@ -99,7 +101,8 @@ def main() -> None:
                 answers[part.function] = answer
                 write_json(options.json, figures=answers)
 
-            limit_s = part_limit_s(parts[index:], left_s=deadline - time.monotonic())
+            later = [one for one in parts[index + 1 :] if not _is_missing(one.needs)]
+            limit_s = part_limit_s([part, *later], left_s=deadline - time.monotonic())
             if options.smallest:
                 limit_s = min(_SMALLEST_LIMIT_S, deadline - time.monotonic())
             request = {"device": part.device or device, "smallest": options.smallest, "folder": name}
@@ -108,6 +111,15 @@ def main() -> None:
             sys.stdout.flush()
     if failures := [name for name, answer in answers.items() if _has_failed(answer)]:
         raise SystemExit(f"failed: {', '.join(failures)}")
+
+
+def show_sources_to_children() -> None:
+    """Have every process find `forge` and `benchmarks` in this folder, where they are not installed.
+
+    Processes that a rank starts do not look in their working folder (`python -P`).
+    """
+    paths = [str(Path(__file__).parents[1]), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    os.environ["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
 
 
 def _has_cuda() -> bool:
@@ -122,6 +134,10 @@ def part_limit_s(parts: Sequence[Part], *, left_s: float) -> float:
     return min(first.limit_s, max(first.least_s, left_s - sum(part.least_s for part in later)), left_s)
 
 
+def _is_missing(package: str | None) -> bool:
+    return package is not None and importlib.util.find_spec(package) is None
+
+
 def _answer(
     part: Part, *, request: Mapping[str, Any], limit_s: float, keep: Callable[[dict[str, Any]], None]
 ) -> dict[str, Any]:
@@ -130,7 +146,7 @@ def _answer(
     Args:
         keep: called with the figures so far whenever there are more.
     """
-    if part.needs is not None and importlib.util.find_spec(part.needs) is None:
+    if _is_missing(part.needs):
         return {"skipped": f"the package {part.needs} is not installed"}
     if limit_s < _LEAST_S:
         return {"skipped": "the time limit of the whole run has been reached"}

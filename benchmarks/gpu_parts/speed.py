@@ -26,7 +26,10 @@ from forge.plan.memory import num_copies_in_memory
 from forge.plan.plan import Plan
 from forge.train.peak import measure_gemm_flops
 
-_PACKAGES = ("torch", "deepspeed", "transformers", "numpy", "pydantic", "triton", "accelerate", "torchao", "ray", "wandb")
+_PACKAGES = (
+    *("torch", "deepspeed", "transformers", "numpy", "pydantic", "triton", "accelerate"),
+    *("torchao", "liger-kernel", "flash-attn", "ray", "wandb"),
+)
 _COPY_BYTES = 2 * 2**30
 _COPIES = 10
 _SPEEDS = "speeds.json"
@@ -49,7 +52,7 @@ _GPT2 = Sized(
     vocab_size=50304,
     seq_len=1024,
 )
-_LLAMA = Sized(
+LLAMA = Sized(
     name="Llama 1.1B",
     model={
         "architecture": "llama",
@@ -65,6 +68,20 @@ _LLAMA = Sized(
 _TINY = Sized(
     name="tiny GPT-2",
     model={"architecture": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 2},
+    vocab_size=512,
+    seq_len=32,
+    batch=2,
+)
+TINY_LLAMA = Sized(
+    name="tiny Llama",
+    model={
+        "architecture": "llama",
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+    },
     vocab_size=512,
     seq_len=32,
     batch=2,
@@ -124,7 +141,7 @@ def throughput(setting: Setting) -> Iterator[dict[str, Any]]:
     found = {}
     for sized in _sizes(setting):
         steps, warm_up = _lengths(setting)
-        plan = _plan(setting, sized, total_steps=warm_up + steps + 1)
+        plan = sized_plan(setting, sized, total_steps=warm_up + steps + 1)
         ran = run(setting, plan, to=f"speed {sized.name}")
         tokens_per_s = sized.batch * sized.seq_len / ran.mean_step_s(warm_up=warm_up)
         found[sized.name] = {"tokens_per_s": tokens_per_s, "peak_flops": ran.started.peak_flops}
@@ -133,10 +150,16 @@ def throughput(setting: Setting) -> Iterator[dict[str, Any]]:
         yield {f"{sized.name}, forge": speed | {"memory": _memory(plan, ran)}}
 
 
+def forge_speeds(setting: Setting) -> dict[str, dict[str, float]]:
+    """Return what `throughput` has measured in this run, by the model's name."""
+    path = Path(setting.folder) / _SPEEDS
+    found: dict[str, dict[str, float]] = json.loads(path.read_text()) if path.exists() else {}
+    return found
+
+
 def peers(setting: Setting) -> Iterator[dict[str, Any]]:
     """Those of its peers on the same batch, by the same clock: the time of all steps after the warm-up."""
-    path = Path(setting.folder) / _SPEEDS
-    found = json.loads(path.read_text()) if path.exists() else {}
+    found = forge_speeds(setting)
     for sized in _sizes(setting):
         if sized.name in found:
             yield from _peers(setting, sized, **found[sized.name])
@@ -145,7 +168,7 @@ def peers(setting: Setting) -> Iterator[dict[str, Any]]:
 
 
 def _sizes(setting: Setting) -> tuple[Sized, ...]:
-    return (_TINY,) if setting.smallest else (_GPT2, _LLAMA)
+    return (_TINY,) if setting.smallest else (_GPT2, LLAMA)
 
 
 def _lengths(setting: Setting) -> tuple[int, int]:
@@ -155,7 +178,7 @@ def _lengths(setting: Setting) -> tuple[int, int]:
 
 def _peers(setting: Setting, sized: Sized, *, tokens_per_s: float, peak_flops: float) -> Iterator[dict[str, Any]]:
     steps, warm_up = _lengths(setting)
-    plan = _plan(setting, sized, total_steps=warm_up + steps + 1)
+    plan = sized_plan(setting, sized, total_steps=warm_up + steps + 1)
     own = {key: value for key, value in sized.model.items() if key != "architecture"}
     request = {
         "model": {"model_type": sized.model["architecture"], **own, **_no_dropout(sized)},
@@ -195,7 +218,14 @@ def _no_dropout(sized: Sized) -> Mapping[str, float]:
     return _NO_DROPOUT if sized.model["architecture"] == "gpt2" else {}
 
 
-def _plan(setting: Setting, sized: Sized, *, checkpoint: Mapping[str, Any] | None = None, **training: Any) -> Plan:
+def sized_plan(
+    setting: Setting, sized: Sized, *, checkpoint: Mapping[str, Any] | None = None, **training: Any
+) -> Plan:
+    """Plan a job on one batch of a model.
+
+    Args:
+        training: keys of the job's section.
+    """
     batch = {"global_batch_size": sized.batch, "micro_batch_size": sized.batch}
     return make_job_plan(
         setting,
@@ -219,7 +249,7 @@ def memory(setting: Setting) -> Iterator[dict[str, Any]]:
         "EMA": {"ema": {"decay": 0.99}},
     }
     for name, changes in list(configurations.items())[: 1 if setting.smallest else None]:
-        plan = _plan(setting, sized, total_steps=3, **changes)
+        plan = sized_plan(setting, sized, total_steps=3, **changes)
         yield {name: _memory(plan, run(setting, plan, to=f"memory {name}"))}
 
 
@@ -236,14 +266,16 @@ def state(setting: Setting) -> Iterator[dict[str, Any]]:
     sized = _TINY if setting.smallest else _GPT2
     steps, warm_up = (4, 1) if setting.smallest else (24, 5)
     changes = {"total_steps": steps + warm_up + 1}
-    plan = _plan(setting, sized, checkpoint={"snapshot_every": 1}, **changes)
+    plan = sized_plan(setting, sized, checkpoint={"snapshot_every": 1}, **changes)
     seconds = {
         name: run(setting, plan, to=f"state {name}", with_snapshots=name == "every step").step_s(warm_up=warm_up)
         for name in ("never", "every step")
     }
     medians = {name: statistics.median(of) for name, of in seconds.items()}
     yield {"snapshot_overhead": medians["every step"] / medians["never"], "step_s": medians}
-    every = _plan(setting, sized, checkpoint={"every": "2 steps" if setting.smallest else "8 steps"}, **changes)
+    every = sized_plan(
+        setting, sized, checkpoint={"every": "2 steps" if setting.smallest else "8 steps"}, **changes
+    )
     saved = [
         event for event in run(setting, every, to="state checkpoints").events if isinstance(event, CheckpointSaved)
     ]
@@ -260,7 +292,7 @@ def state(setting: Setting) -> Iterator[dict[str, Any]]:
 def kill(setting: Setting) -> Iterator[dict[str, Any]]:
     """SIGKILL one of two ranks that share the device; time until the other one has made the next step, by part."""
     sized = _TINY if setting.smallest else _GPT2
-    plan = _plan(
+    plan = sized_plan(
         setting,
         sized,
         total_steps=400,
