@@ -256,7 +256,7 @@ def memory(setting: Setting) -> Iterator[dict[str, Any]]:
 def _memory(plan: Plan, ran: Ran) -> dict[str, float]:
     need = plan.for_world_size(1).memory
     copies = num_copies_in_memory(engine=plan.job.resources.engine, world_size=1)
-    estimate = resident_bytes(need, num_copies=copies) if need.is_on_host else need.total_bytes
+    estimate = resident_bytes(need, num_copies=copies) if need.is_on_host else need.total_bytes - need.standby_bytes
     measured = max(metrics.peak_memory_gib for metrics in ran.steps)
     return {"measured_gib": measured, "estimate_gib": estimate / 2**30, "error": estimate / 2**30 / measured - 1}
 

@@ -44,6 +44,10 @@ the system, or cannot reuse between micro-batches. Giving it back at once double
 Logits of 32 MiB or more are pages of their own, which it does give back (DEFAULT_MMAP_THRESHOLD_MAX, mallopt(3)).
 
 Source: measured, 1.8 in bf16 with micro-batches of 8 and 1; `benchmarks.memory` measures it again."""
+STANDBY_BYTES = 512 * 2**20
+"""GPU memory of a standby process: its CUDA context, with cuBLAS loaded.
+
+Assumed, since it depends on GPU and driver and was not measured; torch's allocator does not count it."""
 MAX_LIVE_PARAMETERS = 1_000_000_000
 """Whole parameters that ZeRO 3 gathers ahead at most, before the one that it needs at once. DeepSpeed's default of
 `stage3_max_live_parameters`.
@@ -82,6 +86,8 @@ class MemoryEstimate:
     """Under ZeRO 3, while a bucket is reduced: its gradients in the order of the ranks, and gloo's copy on CPU."""
     host_bytes: int
     """In host memory: snapshots of this rank, replicas of another node's, and offloaded optimizer state."""
+    standby_bytes: int = 0
+    """On a GPU under the elastic engine: the CUDA context of the process that waits to become the next rank."""
     libraries_bytes: int = 0
     """Python and the imported libraries, if the device is the CPU."""
     is_on_host: bool
@@ -95,7 +101,7 @@ class MemoryEstimate:
     @property
     def total_bytes(self) -> int:
         """What the device must hold."""
-        fixed = self.state_bytes + self.bucket_bytes
+        fixed = self.state_bytes + self.bucket_bytes + self.standby_bytes
         if self.is_on_host:
             # Whole parameters are allocated and freed between activations, and their memory is kept like theirs.
             freed = self.activations_bytes - self.logits_bytes + self.gathered_bytes
@@ -121,6 +127,7 @@ def estimate_memory(
     is_on_host: bool,
     state: OptimizerState,
     num_copies: int = 1,
+    has_standby: bool = False,
     teacher: TeacherInfo | None = None,
     holds_reference: bool = False,
     hpz_partition_size: int = 1,
@@ -133,6 +140,7 @@ def estimate_memory(
         seq_len: tokens per sequence.
         state: of the optimizer; see `optimizer_state`.
         num_copies: copies of one rank's state in host memory; see `num_copies_in_memory`.
+        has_standby: the next rank of its GPU waits beside it (the elastic engine).
         teacher: of a distillation.
         holds_reference: every worker holds the model as it was before training, too.
         hpz_partition_size: workers in a group of hpZ; 1: no groups.
@@ -159,9 +167,31 @@ def estimate_memory(
     activations = logits + activation_bytes(
         model, training, is_on_host=is_on_host, sequence_parallel_size=sequence_parallel_size, **sizes
     )
-    if training.fp8:
-        activations += _fp8_bytes(model, num_tokens=tokens_of_rank)
-    tokens = micro_batch_size * seq_len
+    activations += _fp8_bytes(model, num_tokens=tokens_of_rank) if training.fp8 else 0
+    others = _other_models_bytes(
+        model, training, tokens=micro_batch_size * seq_len, teacher=teacher, holds_reference=holds_reference
+    )
+    return MemoryEstimate(
+        weights_bytes=weights + others[0],
+        gradients_bytes=gradients,
+        optimizer_bytes=0 if is_offloaded else optimizer,
+        ema_bytes=0 if is_offloaded else ema,
+        activations_bytes=activations + others[1],
+        logits_bytes=logits if logits >= 3 * _MAPPED_BYTES else 0,
+        update_bytes=0 if is_offloaded else (master + step) * trainable // shards,
+        **buffers,
+        host_bytes=num_copies * snapshot + (optimizer + ema if is_offloaded else 0) + inputs_on_host,
+        standby_bytes=STANDBY_BYTES if has_standby and not is_on_host else 0,
+        libraries_bytes=LIBRARIES_BYTES if is_on_host else 0,
+        is_on_host=is_on_host,
+    )
+
+
+def _other_models_bytes(
+    model: ModelInfo, training: TrainingSpec, *, tokens: int, teacher: TeacherInfo | None, holds_reference: bool
+) -> tuple[int, int]:
+    """Of the weights of a teacher and of a reference, and of their activations and those that they add."""
+    width, weights, activations = WEIGHT_BYTES[training.precision], 0, 0
     if teacher is not None:
         # The logits of both, those of the student with their gradient; distributions are made of a chunk at a time.
         activations += tokens * width * 2 * model.vocab_size
@@ -172,19 +202,7 @@ def estimate_memory(
         weights += width * model.num_parameters
         if training.cross_entropy == "plain" or not model.has_linear_head:
             activations += tokens * model.vocab_size * (width + 4)  # and a copy in fp32
-    return MemoryEstimate(
-        weights_bytes=weights,
-        gradients_bytes=gradients,
-        optimizer_bytes=0 if is_offloaded else optimizer,
-        ema_bytes=0 if is_offloaded else ema,
-        activations_bytes=activations,
-        logits_bytes=logits if logits >= 3 * _MAPPED_BYTES else 0,
-        update_bytes=0 if is_offloaded else (master + step) * trainable // shards,
-        **buffers,
-        host_bytes=num_copies * snapshot + (optimizer + ema if is_offloaded else 0) + inputs_on_host,
-        libraries_bytes=LIBRARIES_BYTES if is_on_host else 0,
-        is_on_host=is_on_host,
-    )
+    return weights, activations
 
 
 def _snapshot_bytes(model: ModelInfo, training: TrainingSpec, *, state: OptimizerState) -> int:

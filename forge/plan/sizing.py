@@ -253,6 +253,7 @@ def _fitting_engine(
         is_on_host=False,
         state=state,
         num_copies=num_copies_in_memory(engine="elastic", world_size=world_size),
+        has_standby=True,
         hpz_partition_size=hpz_partition_size,
     )
     memory_bytes = machines.gpu.memory_gib * 2**30

@@ -179,6 +179,7 @@ def _split(
         is_on_host=hardware.device == "cpu",
         state=state,
         num_copies=num_copies_in_memory(engine=job.resources.engine, world_size=world_size),
+        has_standby=job.resources.engine == "elastic",
         teacher=teacher,
         holds_reference=job.holds_reference,
         hpz_partition_size=hpz_partition_size,

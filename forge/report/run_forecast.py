@@ -86,12 +86,12 @@ def _cost_row(run: RunSummary) -> list[ForecastRow]:
 def _memory_row(run: RunSummary, size: int) -> list[ForecastRow]:
     peak_gib = run.last.get("memory/peak_gib")
     try:
-        expected = run.plan.for_world_size(size).memory.total_bytes
+        need = run.plan.for_world_size(size).memory
     except PlanError:  # no generation has started, or the limits were changed since
         return []
     if not peak_gib:
         return []
-    happened = peak_gib * 2**30
+    expected, happened = need.total_bytes - need.standby_bytes, peak_gib * 2**30  # that of torch's allocator
     ratio = number(happened / expected if expected else math.nan, ".2f")
     return [
         ForecastRow(

@@ -46,6 +46,7 @@ def _lengths(plan: DraftPlan) -> list[tuple[str, str]]:
             is_on_host=plan.hardware.device == "cpu",
             state=state,
             num_copies=num_copies_in_memory(engine=job.resources.engine, world_size=world_size),
+            has_standby=job.resources.engine == "elastic",
             sequence_parallel_size=degree,
         )
 

@@ -83,11 +83,8 @@ def plan_facts(plan: DraftPlan) -> list[tuple[str, str]]:
         ("hardware", _hardware(plan)),
         *forecast_facts(plan),
         *checkpoint_facts(plan),
+        *_memory_facts(plan),
     ]  # fmt: skip
-    libraries = plan.worlds[0].memory.libraries_bytes if plan.worlds else 0
-    if libraries:
-        held = f"{format_bytes(libraries)} of each worker's ~total are Python, torch, DeepSpeed and transformers"
-        facts.append(("memory", held))
     data: list[tuple[str, str]] = []
     if isinstance(plan, Plan):
         passes = plan.total_steps * training.global_batch_size / max(1, epoch_sequences(job.data, plan.corpus))
@@ -108,6 +105,23 @@ def plan_facts(plan: DraftPlan) -> list[tuple[str, str]]:
     if plan.former_lengths:
         facts.append(("length", _length_change(plan)))
     return facts + [("note", note) for note in plan.model.notes]
+
+
+def _memory_facts(plan: DraftPlan) -> list[tuple[str, str]]:
+    """Name what else than the model takes memory of each worker."""
+    if not plan.worlds:
+        return []
+    need, facts = plan.worlds[0].memory, []
+    if need.libraries_bytes:
+        facts.append(f"{format_bytes(need.libraries_bytes)} {_PART} Python, torch, DeepSpeed and transformers")
+    if need.standby_bytes:
+        facts.append(
+            f"{format_bytes(need.standby_bytes)} {_PART} the CUDA context of its standby process (assumed)"
+        )
+    return [("memory", fact) for fact in facts]
+
+
+_PART = "of each worker's ~total are"
 
 
 def checkpoint_facts(plan: DraftPlan) -> list[tuple[str, str]]:

@@ -104,7 +104,7 @@ def test_auto__cpu_or_another_stage__plain(given: dict[str, Any]) -> None:
 
 
 def test_auto__second_copy_does_not_fit__plain() -> None:
-    small = replace(GPU, memory_bytes=12 * 2**30)
+    small = replace(GPU, memory_bytes=round(12.6 * 2**30))
     plan = planned(workers="16", hardware=small)
     assert plan.for_world_size(16).fits
     assert groups(plan) == {16: 1}
