@@ -28,7 +28,7 @@ from forge.plan.plan import DraftPlan, Plan
 from forge.plan.space import checkpoint_bytes
 from forge.plan.step_work import step_work_of_job
 from forge.plan.task_time import num_scorings, scoring_s
-from forge.plan.throughput import Estimate, Interconnect, estimate_step, with_uncertainty
+from forge.plan.throughput import HOST_COPY_SHARE, Estimate, Interconnect, estimate_step, with_uncertainty
 from forge.plan.world_size import WorldSizePlan, plan_world_size, with_quantized_gradients
 from forge.units import Every, format_duration
 
@@ -296,6 +296,7 @@ def is_same_step(one: DraftPlan, other: DraftPlan) -> bool:
             plan.job.data.seq_len,
             *(training.global_batch_size, training.micro_batch_size, training.precision, training.objective),
             *(training.zero, training.activation_checkpointing, training.optimizer.name, training.cross_entropy),
+            *(training.activation_offload, training.fp8, training.compile, training.liger, training.attention),
         )
 
     return work(one) == work(other)
@@ -379,7 +380,8 @@ def _notes(
     if plan.job.training.zero.offload == "cpu" and gpu is not None and not runs:
         left_out += ", the time of training.zero.offload"
     if plan.job.training.activation_offload and gpu is not None and not runs:
-        left_out += ", the time of training.activation_offload"
+        rate = HOST_COPY_SHARE * gpu.host_bytes_per_s / 1e9
+        yield f"with copies of training.activation_offload at {rate:.0f} GB/s (assumed), beside which nothing runs"
     yield f"without {left_out}"
 
 

@@ -16,6 +16,8 @@ class Gpu:
     memory_bytes_per_s: float
     link_bytes_per_s: float
     """To the other GPUs of its node, one direction: NVLink, or PCI Express where the GPU has no NVLink."""
+    host_bytes_per_s: float
+    """To the memory of its machine, one direction: PCI Express with 16 lanes."""
     compute_capability: tuple[int, int]
     """Of CUDA: major and minor number."""
     marks: tuple[str, ...]
@@ -28,7 +30,8 @@ FP8_CAPABILITY = (8, 9)
 # Source: NVIDIA's data sheets, the SXM variant if there are several. bf16: dense tensor-core rate (fp16 for V100
 # and T4, which have no bf16). fp32: without tensor cores, because torch does not use TF32 by default.
 # Compute capabilities: https://developer.nvidia.com/cuda-gpus.
-# Links: NVLink 2, 3, 4, 5 have 150, 300, 450, 900 GB/s in a direction; PCI Express 3 and 4 with 16 lanes 16 and 32.
+# Links: NVLink 2, 3, 4, 5 have 150, 300, 450, 900 GB/s in a direction; PCI Express 3, 4 and 5
+# with 16 lanes 16, 32 and 64.
 GPUS: tuple[Gpu, ...] = (
     Gpu(
         name="B200",
@@ -37,6 +40,7 @@ GPUS: tuple[Gpu, ...] = (
         fp32_flops=75e12,
         memory_bytes_per_s=8000e9,
         link_bytes_per_s=900e9,
+        host_bytes_per_s=64e9,
         compute_capability=(10, 0),
         marks=("b200",),
     ),
@@ -47,6 +51,7 @@ GPUS: tuple[Gpu, ...] = (
         fp32_flops=66.9e12,
         memory_bytes_per_s=4800e9,
         link_bytes_per_s=450e9,
+        host_bytes_per_s=64e9,
         compute_capability=(9, 0),
         marks=("h200",),
     ),
@@ -57,6 +62,7 @@ GPUS: tuple[Gpu, ...] = (
         fp32_flops=60e12,
         memory_bytes_per_s=3900e9,
         link_bytes_per_s=300e9,
+        host_bytes_per_s=64e9,
         compute_capability=(9, 0),
         marks=("h100", "nvl"),
     ),
@@ -67,6 +73,7 @@ GPUS: tuple[Gpu, ...] = (
         fp32_flops=51e12,
         memory_bytes_per_s=2000e9,
         link_bytes_per_s=300e9,
+        host_bytes_per_s=64e9,
         compute_capability=(9, 0),
         marks=("h100", "pcie"),
     ),
@@ -77,6 +84,7 @@ GPUS: tuple[Gpu, ...] = (
         fp32_flops=66.9e12,
         memory_bytes_per_s=3350e9,
         link_bytes_per_s=450e9,
+        host_bytes_per_s=64e9,
         compute_capability=(9, 0),
         marks=("h100",),
     ),
@@ -87,6 +95,7 @@ GPUS: tuple[Gpu, ...] = (
         fp32_flops=19.5e12,
         memory_bytes_per_s=2039e9,
         link_bytes_per_s=300e9,
+        host_bytes_per_s=32e9,
         compute_capability=(8, 0),
         marks=("a100", "80gb"),
     ),
@@ -97,6 +106,7 @@ GPUS: tuple[Gpu, ...] = (
         fp32_flops=19.5e12,
         memory_bytes_per_s=1555e9,
         link_bytes_per_s=300e9,
+        host_bytes_per_s=32e9,
         compute_capability=(8, 0),
         marks=("a100",),
     ),
@@ -107,6 +117,7 @@ GPUS: tuple[Gpu, ...] = (
         fp32_flops=91.6e12,
         memory_bytes_per_s=864e9,
         link_bytes_per_s=32e9,
+        host_bytes_per_s=32e9,
         compute_capability=(8, 9),
         marks=("l40s",),
     ),
@@ -117,6 +128,7 @@ GPUS: tuple[Gpu, ...] = (
         fp32_flops=35e12,
         memory_bytes_per_s=600e9,
         link_bytes_per_s=32e9,
+        host_bytes_per_s=32e9,
         compute_capability=(8, 6),
         marks=("a10g",),
     ),
@@ -127,6 +139,7 @@ GPUS: tuple[Gpu, ...] = (
         fp32_flops=31.2e12,
         memory_bytes_per_s=600e9,
         link_bytes_per_s=32e9,
+        host_bytes_per_s=32e9,
         compute_capability=(8, 6),
         marks=("a10",),
     ),
@@ -137,6 +150,7 @@ GPUS: tuple[Gpu, ...] = (
         fp32_flops=30.3e12,
         memory_bytes_per_s=300e9,
         link_bytes_per_s=32e9,
+        host_bytes_per_s=32e9,
         compute_capability=(8, 9),
         marks=("l4",),
     ),
@@ -147,6 +161,7 @@ GPUS: tuple[Gpu, ...] = (
         fp32_flops=82.6e12,
         memory_bytes_per_s=1008e9,
         link_bytes_per_s=32e9,
+        host_bytes_per_s=32e9,
         compute_capability=(8, 9),
         marks=("4090",),
     ),
@@ -157,6 +172,7 @@ GPUS: tuple[Gpu, ...] = (
         fp32_flops=15.7e12,
         memory_bytes_per_s=900e9,
         link_bytes_per_s=150e9,
+        host_bytes_per_s=16e9,
         compute_capability=(7, 0),
         marks=("v100", "32gb"),
     ),
@@ -167,6 +183,7 @@ GPUS: tuple[Gpu, ...] = (
         fp32_flops=15.7e12,
         memory_bytes_per_s=900e9,
         link_bytes_per_s=150e9,
+        host_bytes_per_s=16e9,
         compute_capability=(7, 0),
         marks=("v100",),
     ),
@@ -177,6 +194,7 @@ GPUS: tuple[Gpu, ...] = (
         fp32_flops=8.1e12,
         memory_bytes_per_s=320e9,
         link_bytes_per_s=16e9,
+        host_bytes_per_s=16e9,
         compute_capability=(7, 5),
         marks=("t4",),
     ),

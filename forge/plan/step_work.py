@@ -88,6 +88,7 @@ def step_work(
     degree = batch.sequence_parallel_size
     # Queries and outputs, and keys and values, which may have fewer heads.
     heads = 2 + 2 * model.num_key_value_heads / max(1, model.num_attention_heads)
+    inputs = float(model.num_layers * model.hidden_size * width)
     return StepWork(
         tokens=batch.micro_batch_size * seq_len // degree,
         num_micro_batches=batch.gradient_accumulation_steps,
@@ -109,5 +110,6 @@ def step_work(
         num_layers=model.num_layers,
         hpz_partition_size=hpz_partition_size,
         sequence_parallel_size=degree,
+        offloaded_bytes=inputs if training.activation_offload and training.activation_checkpointing else 0.0,
         exchanged_bytes=heads * model.attention_width * model.num_layers * width * (degree - 1) / degree,
     )

@@ -14,7 +14,9 @@ are not overlapped at the first and the last layer. The optimizer reads and writ
 A collective operation of W ranks moves V·(W-1)/W bytes per rank through the slowest link of a ring: that within a
 node, or all network cards of a node together (Rajbhandari et al., arXiv 1910.02054, section 7; NCCL's rings leave
 a node once for all of its GPUs). Ranks that share a sequence exchange queries, keys, values and outputs of every
-attention (DeepSpeed Ulysses, arXiv 2309.14509, section 3.2), which nothing hides.
+attention (DeepSpeed Ulysses, arXiv 2309.14509, section 3.2), which nothing hides. Nor is anything computed while
+`training.activation_offload` copies the inputs of layers to host memory and back: transformers copies them in the
+stream that computes (`PreTrainedModel.activation_checkpointing_enable`).
 
 The ten constants of `Efficiency` were fitted to 104 measured configurations of 125M to 70B parameters on 8 to 512
 A100 and H100 GPUs, published by MosaicML (LLM Foundry, scripts/train/benchmarking/README.md at commit 8c8dd48f,
@@ -36,6 +38,12 @@ LAUNCH_S_PER_LAYER = 1e-3
 """Least time of forward and backward pass of one layer and micro-batch: the CPU launches about a hundred kernels.
 
 Assumed: 10 µs each. The constants below were fitted to runs with 17 ms and more."""
+
+
+HOST_COPY_SHARE = 0.8
+"""Share of the rate of PCI Express at which page-locked memory is copied, if the GPUs of a node do not share lanes.
+
+Assumed; `benchmarks.gpu` measures it (`pinned_copy_to_host_gb_per_s`)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,6 +116,8 @@ class StepWork:
     """Workers in a group of hpZ; 1: no groups."""
     sequence_parallel_size: int = 1
     """Ranks that share each sequence."""
+    offloaded_bytes: float = 0.0
+    """Of a token: inputs of all layers that are copied to host memory, and back (`training.activation_offload`)."""
     exchanged_bytes: float = 0.0
     """Of a token, sent to the other ranks of its sequence in one pass over all layers."""
 
@@ -123,6 +133,8 @@ class StepTime:
     """As long as it takes by itself."""
     exchange_s: float
     """Between the ranks that share a sequence, before and after each attention, which wait for it."""
+    copies_s: float
+    """Of layers' inputs to host memory and back, while nothing is computed."""
     optimizer_s: float
     total_s: float
     """Less than the sum: communication is partly hidden."""
@@ -159,6 +171,8 @@ def estimate_step(
     optimizer_s = work.state_bytes / gpu.memory_bytes_per_s
     exchanged = work.num_micro_batches * work.tokens * (passes - 1) * work.exchanged_bytes
     exchange_s = exchanged / _bandwidth(gpu, interconnect, work.sequence_parallel_size, constants)
+    copied = 2 * work.num_micro_batches * work.tokens * work.offloaded_bytes
+    copies_s = copied / (HOST_COPY_SHARE * gpu.host_bytes_per_s)
     hidden = (1 - constants.exposed) * min(computed_s, communication_s)
     return StepTime(
         matmul_s=work.num_micro_batches * matmul_s,
@@ -166,8 +180,9 @@ def estimate_step(
         memory_s=work.num_micro_batches * memory_s,
         communication_s=communication_s,
         exchange_s=exchange_s,
+        copies_s=copies_s,
         optimizer_s=optimizer_s,
-        total_s=computed_s + communication_s - hidden + exchange_s + optimizer_s,
+        total_s=computed_s + communication_s - hidden + exchange_s + copies_s + optimizer_s,
         tokens=work.tokens * work.num_micro_batches,
     )
 

@@ -124,3 +124,16 @@ def test_uncertainty__gpu_that_was_not_measured__wider() -> None:
     assert l4 is not None
     assert H100 is not None
     assert with_uncertainty(1.0, gpu=l4).low < with_uncertainty(1.0, gpu=H100).low < 1
+
+
+def test_estimate__inputs_of_layers_in_host_memory__both_copies_are_not_hidden() -> None:
+    assert H100 is not None
+    copied = 32 * 4096 * 2  # of a token: layers x hidden size x bytes
+    work = dataclasses.replace(LLAMA_8B, num_micro_batches=3, offloaded_bytes=copied)
+    kept, moved = (
+        estimate_step(one, gpu=H100, interconnect=NODES_OF_8)
+        for one in (dataclasses.replace(work, offloaded_bytes=0.0), work)
+    )
+    assert moved.copies_s == pytest.approx(3 * 2 * 16384 * copied / (0.8 * 64e9))  # PCI Express 5
+    assert kept.copies_s == 0
+    assert moved.total_s == pytest.approx(kept.total_s + moved.copies_s)
