@@ -10,6 +10,7 @@ Source: Korthikanti et al., arXiv 2205.05198, section 5; torch's `create_selecti
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any
@@ -47,13 +48,16 @@ def enable_checkpointing(model: nn.Module, *, is_selective: bool, offloads: bool
         options["context_fn"] = selective_contexts
     if (problem := checkpointing_problem(model)) is not None:
         raise ModelError(problem, key="class")
-    if hasattr(model, "activation_checkpointing_enable"):
-        more = {"offload": True} if offloads else {}
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs=options, **more)  # type: ignore[operator]
-    elif offloads:
-        raise ModelError(f"{type(model).__name__} of this version of transformers cannot offload activations")
-    else:  # a class of the user
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)  # type: ignore[operator]
+    is_new = hasattr(model, "activation_checkpointing_enable")
+    # A class of the user, or transformers before 5.23, have only the older name.
+    enable: Any = model.activation_checkpointing_enable if is_new else model.gradient_checkpointing_enable
+    if offloads and "offload" not in inspect.signature(enable).parameters:
+        raise ModelError(
+            f"{type(model).__name__} of this version of transformers cannot offload activations "
+            "(training.activation_offload): install transformers 5.23, or set it to false"
+        )
+    name = "activation_checkpointing_kwargs" if is_new else "gradient_checkpointing_kwargs"
+    enable(**{name: options}, **({"offload": True} if offloads else {}))
 
 
 def checkpointing_problem(model: nn.Module) -> str | None:

@@ -13,9 +13,9 @@ from functools import partial
 from typing import Any
 
 import deepspeed
+from deepspeed.runtime.zero import partition_parameters
 from deepspeed.utils import groups
 from torch import nn
-from transformers.integrations.deepspeed import prevent_arange_dtype_change
 
 from forge.model.adapters import modules_reading_weights
 from forge.model.families.base import Sharding
@@ -69,9 +69,24 @@ def gather_whole_modules(model: nn.Module) -> None:
 
 @contextmanager
 def _partition_when_built(init: Callable[[], Any]) -> Iterator[None]:
-    """Partition modules as they are built; rotary frequencies are still computed in fp32."""
-    with prevent_arange_dtype_change(), init():
-        yield
+    """Partition modules as they are built; rotary frequencies are still computed in fp32.
+
+    Within `zero.Init` torch's constructors give tensors of the model's precision, also where a model asks for fp32,
+    as it does for the numbers of positions and dimensions that frequencies are computed from. transformers 5.23 has
+    a context manager for this; older versions do not.
+    """
+    wrap = partition_parameters.zero_wrapper_for_fp_tensor_constructor
+
+    def wrap_other_constructors(function: Any, *, target_fp_dtype: Any, target_device: Any) -> Any:
+        kept = None if function is partition_parameters._orig_torch_arange else target_fp_dtype
+        return wrap(function, target_fp_dtype=kept, target_device=target_device)
+
+    partition_parameters.zero_wrapper_for_fp_tensor_constructor = wrap_other_constructors
+    try:
+        with init():
+            yield
+    finally:
+        partition_parameters.zero_wrapper_for_fp_tensor_constructor = wrap
 
 
 def _gather(parameters: list[nn.Parameter]) -> Any:

@@ -92,13 +92,31 @@ def test_offload__inputs_of_layers__are_moved_alone_and_gradients_are_equal(
     assert all(map(torch.equal, *found))
 
 
-def test_offload__class_of_the_user__is_refused() -> None:
-    with pytest.raises(ModelError, match="cannot offload"):
+def test_offload__class_that_cannot__is_refused_by_name() -> None:
+    with pytest.raises(ModelError, match=r"cannot offload activations \(training\.activation_offload\)"):
         enable_checkpointing(Recomputed(), is_selective=False, offloads=True)
 
 
+def test_enable__name_of_transformers_5_17__is_called_with_its_arguments() -> None:
+    model = OlderModel()
+    enable_checkpointing(model, is_selective=False)
+    enable_checkpointing(model, is_selective=False, offloads=True)
+    assert model.calls == [({"use_reentrant": False}, False), ({"use_reentrant": False}, True)]
+
+
 class Recomputed(nn.Module):
-    def gradient_checkpointing_enable(self, **_: object) -> None: ...
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any]) -> None: ...
+
+
+class OlderModel(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[dict[str, Any], bool]] = []
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any], every_n_layers: int = 1, offload: bool = False
+    ) -> None:
+        self.calls.append((gradient_checkpointing_kwargs, offload))
 
 
 class GathersAgain(nn.Module):
