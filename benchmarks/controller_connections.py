@@ -103,11 +103,11 @@ async def measure(options: argparse.Namespace) -> dict[str, float]:
             decisions_s.append((await agents.wait("started"))["seconds"])
             decisions_cpu_s.append(time.process_time() - began)
         listening_s = 1.0 if options.smallest else LISTENING_S
-        began, began_at = time.process_time(), time.monotonic()
+        before = await agents.ask("count")
+        began = time.process_time()
         await asyncio.sleep(listening_s)
-        share = (time.process_time() - began) / (time.monotonic() - began_at)
-        agents.order("count")
-        num_heartbeats = (await agents.wait("heartbeats_per_s"))["heartbeats_per_s"]
+        after = await agents.ask("count")
+        cpu_s = (time.process_time() - began) / (after["count"] - before["count"])
     finally:
         supervisor.close()
         process.kill()
@@ -121,8 +121,9 @@ async def measure(options: argparse.Namespace) -> dict[str, float]:
         "change_cpu_max_s": max(decisions_cpu_s),
         "change_p50_s": statistics.median(ordered),
         "change_p99_s": ordered[min(len(ordered) - 1, int(0.99 * len(ordered)))],
-        "heartbeats_per_s": num_heartbeats,
-        "heartbeat_cpu_share": share,
+        "heartbeats_per_s": after["per_s"],
+        "heartbeat_cpu_us": cpu_s * 1e6,
+        "heartbeat_cpu_share": cpu_s * after["per_s"],
     }
 
 
@@ -135,6 +136,11 @@ class _AgentLines:
 
     def order(self, what: str) -> None:
         self._orders.write(f"{what}\n".encode())
+
+    async def ask(self, what: str) -> dict[str, Any]:
+        """Order something, and wait for the answer with its name."""
+        self.order(what)
+        return await self.wait(what)
 
     async def wait(self, what: str) -> dict[str, Any]:
         """Wait for an answer; others are passed over."""
@@ -157,7 +163,8 @@ class AgentProcess:
         self._lost_at = 0.0
         self._num_started: dict[int, int] = {}
         self._num_announced = 0
-        self._num_heartbeats: float = 0
+        self._num_heartbeats = 0
+        self._heartbeats_per_s = 0.0
 
     async def run(self) -> None:
         """Work until the process is killed."""
@@ -168,7 +175,7 @@ class AgentProcess:
         tasks.append(asyncio.ensure_future(self._send_heartbeats()))
         while line := (await reader.readline()).decode().strip():
             if line == "count":
-                _answer(heartbeats_per_s=self._num_heartbeats)
+                _answer(count=self._num_heartbeats, per_s=self._heartbeats_per_s)
             else:
                 self._lost_at = time.monotonic()
                 next(agent for agent in self.agents.values() if agent.ranks and 0 not in agent.ranks).close()
@@ -208,13 +215,14 @@ class AgentProcess:
             await asyncio.sleep(0.01)
             agents = list(self.agents.values())
             now = time.monotonic()
-            rate = sum(1 / agent.heartbeat_s for agent in agents)
+            rate = len(agents) / agents[0].heartbeat_s if agents else 0.0  # all have the same interval
             due, counted_at = due + rate * (now - counted_at), now
-            self._num_heartbeats = rate
+            self._heartbeats_per_s = rate
             for _ in range(min(int(due), len(agents))):
                 position = (position + 1) % len(agents)
                 step += position == 0
                 agents[position].send_heartbeat(step)
+                self._num_heartbeats += 1
             due -= int(due)
 
 

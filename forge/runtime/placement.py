@@ -80,6 +80,8 @@ class PlacementManager:
         self._groups: dict[str, PlacementGroup] = {}
         self._agents: dict[str, tuple[str, Any, Allocation]] = {}
         """By Ray node id: the agent's name, its handle, its slots."""
+        self._node_ids: dict[str, str] = {}
+        """By the agent's name, for thousands of them that attach, get notice or are lost at once."""
         self._leaving: set[str] = set()
         """Ray node ids of nodes that are being drained or will be preempted."""
         self._at_risk: set[str] = set()
@@ -113,7 +115,11 @@ class PlacementManager:
 
     def slots_of(self, node: str) -> tuple[int, int] | None:
         """Slots of an agent's node, and how many of them are guaranteed; None for an unknown agent."""
-        return next(((g.num_slots, g.num_guaranteed) for name, _, g in self._agents.values() if name == node), None)
+        node_id = self._node_id_of(node)
+        if node_id is None:
+            return None
+        allocation = self._agents[node_id][2]
+        return allocation.num_slots, allocation.num_guaranteed
 
     def claim_slots(self) -> None:
         """Request as many slots as the job allows."""
@@ -140,26 +146,27 @@ class PlacementManager:
         Args:
             seconds_left: until the node ends; None if it may stay, and only another one is to be found.
         """
-        for node_id, (name, _, _) in self._agents.items():
-            if name == node and node_id not in self._leaving:
-                self._leaving.add(node_id)
-                self._at_risk |= {node_id} if seconds_left is None else set()
-                self._in_thread(_mark_draining, node_id, seconds_left)
+        node_id = self._node_id_of(node)
+        if node_id is not None and node_id not in self._leaving:
+            self._leaving.add(node_id)
+            self._at_risk |= {node_id} if seconds_left is None else set()
+            self._in_thread(_mark_draining, node_id, seconds_left)
         self._wakes.set()
 
     def agent_lost(self, node: str) -> None:
         """End what is left of an agent; a new one is started if the node still has slots of this run."""
-        for node_id, (name, handle, _) in list(self._agents.items()):
-            if name == node:
-                del self._agents[node_id]
-                self._in_thread(self._end_agent, handle)
+        node_id = self._node_id_of(node)
+        if node_id is not None:
+            _, handle, _ = self._agents.pop(node_id)
+            self._in_thread(self._end_agent, handle)
+        self._node_ids.pop(node, None)
         self._wakes.set()
 
     async def pause(self) -> None:
         """End all agents and keep the groups for the next run; returns when the agents have ended."""
         self._is_paused = True
         self._num_pauses += 1
-        agents, self._agents, self._used = list(self._agents.values()), {}, {}
+        agents, self._agents, self._node_ids, self._used = list(self._agents.values()), {}, {}, {}
         await asyncio.gather(*(asyncio.to_thread(self._end_agent, handle) for _, handle, _ in agents))
 
     def resume(self) -> None:
@@ -169,7 +176,7 @@ class PlacementManager:
 
     def reattach(self, node: str, handle: Any, allocation: Allocation) -> None:
         """Take over an agent that an earlier supervisor has started."""
-        self._agents[allocation.node_id] = (node, handle, allocation)
+        self._add(node, handle, allocation)
 
     async def stop(self, *, timeout_s: float) -> None:
         """Start no more agents; returns when the last reconciliation is over, so that `close` sees all agents."""
@@ -184,6 +191,15 @@ class PlacementManager:
             self._end_agent(handle)
         for group in self._groups.values():
             remove_placement_group(group)
+
+    def _add(self, name: str, handle: Any, allocation: Allocation) -> None:
+        self._agents[allocation.node_id] = (name, handle, allocation)
+        self._node_ids[name] = allocation.node_id
+
+    def _node_id_of(self, name: str) -> str | None:
+        """The Ray node of an agent; None if its node has no agent, or another one."""
+        node_id = self._node_ids.get(name)
+        return node_id if node_id in self._agents and self._agents[node_id][0] == name else None
 
     def _in_thread(self, call: Callable[..., None], *arguments: Any) -> None:
         """Run a call on another thread: Ray's functions block on its control store."""
@@ -230,7 +246,7 @@ class PlacementManager:
         name = f"{node_id[:_NODE_DIGITS]}-{int(time.time()) % 100_000}{self._num_agents:03d}{secrets.token_hex(1)}"
         handle = await asyncio.to_thread(self._start_agent, name, allocation)
         if self._num_pauses == num_pauses:
-            self._agents[node_id] = (name, handle, allocation)
+            self._add(name, handle, allocation)
         else:
             self._in_thread(self._end_agent, handle)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
+import gc
 import os
 import subprocess
 import time
@@ -126,6 +127,8 @@ class SupervisorActor:
         if is_restarted:
             actors = await asyncio.to_thread(agent_actors_of, config.run_id)
             await reattach_agents(self._placement, actors.values(), supervisor=f"{SUPERVISOR}{config.run_id}")
+        gc.collect()
+        gc.freeze()  # the collector would visit all of Ray's and torch's modules in each change of 10,000 nodes
         self._placement.start()
         self._watching_driver = asyncio.ensure_future(self._watch_driver())
         return self._run

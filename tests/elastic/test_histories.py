@@ -731,6 +731,83 @@ def test_histories__decided_at_ticks__invariants_hold_and_training_resumes(
     assert run_histories(max_examples=10, num_steps=40) >= 10
 
 
+def training_world(*, low: int) -> World:
+    """Sixteen machines that train, with some steps kept in memory."""
+    world = World(low=low, high=16, snapshot_every=1)
+    for _ in range(16):
+        world.add(num_slots=1, num_guaranteed=0, is_ready=True)
+    for _ in range(6):
+        world.work()
+    number = world.state.generation
+    assert world.state.phase is Phase.TRAINING and len(world.members(number)) == 16
+    return world
+
+
+@pytest.mark.parametrize("batched_nodes", [membership.BATCHED_NODES, 0])
+@pytest.mark.parametrize("seed", range(4))
+def test_half_of_the_nodes_lost_at_once__one_change_to_the_other_half(
+    seed: int, batched_nodes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(membership, "BATCHED_NODES", batched_nodes)
+    world = training_world(low=4)
+    before = world.state.generation
+    world.half_of_the_machines_die(random.Random(seed))
+    for _ in range(6):
+        world.work()
+    assert world.state.phase is Phase.TRAINING
+    assert (world.state.generation, len(world.state.assignment)) == (before + 1, 8)
+
+
+@pytest.mark.parametrize("batched_nodes", [membership.BATCHED_NODES, 0])
+def test_notice_for_a_zone__one_change_without_a_lost_step(
+    batched_nodes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(membership, "BATCHED_NODES", batched_nodes)
+    world = training_world(low=4)
+    before, num_reported = world.state.generation, len(world.reported)
+    zone = [*world.machines.values()][::2]
+    for machine in zone:
+        machine.preempted_at = world.now + 12.0
+        machine.report(PreemptionNotice(node=machine.name, preempted_at=machine.preempted_at))
+    while world.now < zone[0].preempted_at:  # type: ignore[operator]
+        world.work()
+    for machine in zone:
+        world.die(machine)
+    for _ in range(6):
+        world.work()
+    state = world.state
+    assert (state.phase, state.generation, len(state.assignment)) == (Phase.TRAINING, before + 1, 8)
+    assert not set(state.assignment) & {machine.name for machine in zone}
+    assert world.generations[before + 1].start.step == world.generations[before].step
+    assert len(world.reported) == num_reported + 1
+
+
+@pytest.mark.parametrize("batched_nodes", [membership.BATCHED_NODES, 0])
+@pytest.mark.parametrize("is_noticed", [True, False])
+def test_node_flaps__others_train_and_it_takes_part_again(
+    is_noticed: bool, batched_nodes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A connection breaks and returns five times within a second; the supervisor may notice each loss, or none."""
+    monkeypatch.setattr(membership, "BATCHED_NODES", batched_nodes)
+    world = training_world(low=4)
+    before, step = world.state.generation, world.generations[world.state.generation].step
+    machine = world.machines["m5"]
+    for _ in range(5):
+        world.cut(machine)
+        if is_noticed:
+            world.lose_silent_nodes()
+        world.connect(machine)
+        world.deliver_all()
+        world.tick(0.2)
+    for _ in range(8):
+        world.work()
+    state = world.state
+    assert (state.phase, len(state.assignment)) == (Phase.TRAINING, 16)
+    most = 7 if is_noticed else 0  # a change for each loss, and one that takes the node in again
+    assert state.generation - before <= most
+    assert world.generations[state.generation].step > step
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("batched_nodes", [membership.BATCHED_NODES, 0])

@@ -74,3 +74,21 @@ def test_drained_by_others_without_a_deadline__is_announced(monkeypatch: pytest.
     ray = Ray(monkeypatch)
     ray.draining["ray-1"] = None
     assert run_with_node(ray, ray.manager._reconcile_once) == [("node", None)]
+
+
+def test_slots_of__agent_lost_and_another_one_on_its_node__found_by_name_only(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ray = Ray(monkeypatch)
+
+    async def script() -> None:
+        assert ray.manager.slots_of("node") == (1, 1)
+        ray.manager.agent_lost("node")
+        assert ray.manager.slots_of("node") is None
+        ray.manager.reattach("next", None, HERE)
+        await ray.replace("node", seconds_left=30.0)
+        assert ray.draining == {}, "the node's agent is another one now"
+        assert ray.manager.slots_of("node") is None
+        assert ray.manager.slots_of("next") == (1, 1)
+
+    run_with_node(ray, script)
