@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu_parts.pack import pack
-from benchmarks.program import Program, running, wait
+from benchmarks.program import FORGE, Program, running, wait
 from benchmarks.report import benchmark_parser, parse_options, print_table, write_json
 from forge.process import die_with_parent
 
@@ -49,8 +49,8 @@ class Part:
     """What the parts before it leave it of the whole run's time."""
     device: str | None = None
     """None: that of the run."""
-    needs: str | None = None
-    """A package without which it is skipped."""
+    needs_ray: bool = False
+    """Whether it is skipped without Ray and the command `forge`."""
 
 
 PARTS = (
@@ -63,7 +63,7 @@ PARTS = (
     Part(module="speed", function="peers", limit_s=180, least_s=60),
     Part(module="speed", function="memory", limit_s=60, least_s=30),
     Part(module="options", function="options", limit_s=150, least_s=0),
-    Part(module="with_ray", function="with_ray", limit_s=150, least_s=60, needs="ray"),
+    Part(module="with_ray", function="with_ray", limit_s=150, least_s=60, needs_ray=True),
 )
 """In the order of their use."""
 
@@ -101,7 +101,7 @@ def main() -> None:
                 answers[part.function] = answer
                 write_json(options.json, figures=answers)
 
-            later = [one for one in parts[index + 1 :] if not _is_missing(one.needs)]
+            later = [one for one in parts[index + 1 :] if problem_of(one) is None]
             limit_s = part_limit_s([part, *later], left_s=deadline - time.monotonic())
             if options.smallest:
                 limit_s = min(_SMALLEST_LIMIT_S, deadline - time.monotonic())
@@ -134,8 +134,13 @@ def part_limit_s(parts: Sequence[Part], *, left_s: float) -> float:
     return min(first.limit_s, max(first.least_s, left_s - sum(part.least_s for part in later)), left_s)
 
 
-def _is_missing(package: str | None) -> bool:
-    return package is not None and importlib.util.find_spec(package) is None
+def problem_of(part: Part) -> str | None:
+    """Return why a part is skipped on this machine; None if it is not."""
+    if part.needs_ray and importlib.util.find_spec("ray") is None:
+        return "the package ray is not installed"
+    if part.needs_ray and not Path(FORGE).exists():
+        return f"forge is not installed: {FORGE} is missing"
+    return None
 
 
 def _answer(
@@ -146,8 +151,8 @@ def _answer(
     Args:
         keep: called with the figures so far whenever there are more.
     """
-    if _is_missing(part.needs):
-        return {"skipped": f"the package {part.needs} is not installed"}
+    if (problem := problem_of(part)) is not None:
+        return {"skipped": problem}
     if limit_s < _LEAST_S:
         return {"skipped": "the time limit of the whole run has been reached"}
     own = Path(request["folder"]) / part.function

@@ -32,6 +32,8 @@ WHEELS = (
     "truststore",
 )
 """What DeepSpeed and forge's training import beyond torch's dependencies and those of an older transformers."""
+FP8 = "torchao==0.18.0"
+"""In a folder of its own: where torch is older than 2.11 it keeps transformers from being imported."""
 _PLATFORMS = ("manylinux_2_17_x86_64", "manylinux2014_x86_64", "manylinux_2_28_x86_64")
 
 
@@ -49,10 +51,14 @@ def pack(folder: Path, *, python: str) -> None:
     _pip(
         "download", "--no-deps", "--only-binary=:all:", *target, "-d", str(folder), *(pins[name] for name in WHEELS)
     )
+    fp8 = folder / "fp8"
+    _pip("download", "--no-deps", "--only-binary=:all:", *target, "-d", str(fp8), FP8)
     _pip("wheel", "--no-deps", "--no-build-isolation", "-w", str(folder), pins[SOURCE])
-    size = sum(path.stat().st_size for path in folder.iterdir())
-    print(f"{len(list(folder.iterdir()))} wheels of {size / 2**20:.1f} MiB are in {folder}. On the GPU machine:")
+    wheels = list(folder.rglob("*.whl"))
+    size = sum(path.stat().st_size for path in wheels)
+    print(f"{len(wheels)} wheels of {size / 2**20:.1f} MiB are in {folder}. On the GPU machine:")
     print(f"  python3 -m pip install --no-index --no-deps --target /tmp/site {folder}/*.whl")
+    print(f"and, if its torch is 2.11 or newer, {fp8}/*.whl in the same command, for fp8. Then:")
     print("  PYTHONPATH=/tmp/site python3 -m benchmarks.gpu --json gpu.json")
 
 

@@ -15,7 +15,7 @@ from forge.config.resources import ResourcesSpec
 from forge.plan.data_costs import DataCosts, data_costs
 from forge.plan.durations import WorldHours
 from forge.plan.forecast import FormerRun, forecast_world, num_checkpoints, world_on_gpu
-from forge.plan.gpus import Gpu, find_gpu
+from forge.plan.gpus import FP8_CAPABILITY, Gpu, find_gpu
 from forge.plan.interruptions import NONE, Interruptions, interruptions_of
 from forge.plan.machines import MAX_MACHINES, WITHOUT_BF16, interconnect
 from forge.plan.memory import USABLE_SHARE
@@ -273,6 +273,8 @@ def _problem(plan: DraftPlan, offer: Offer, gpu: Gpu | None) -> str | None:
         return "forge does not know the GPU's speed"
     if plan.job.training.precision == "bf16" and gpu.name in WITHOUT_BF16:
         return "the GPU does not compute in bf16, the job's precision"
+    if plan.job.training.fp8 and gpu.compute_capability < FP8_CAPABILITY:
+        return "the GPU does not compute in fp8 (training.fp8)"
     return None
 
 

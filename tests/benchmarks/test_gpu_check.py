@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.gpu import LIMIT_S, PARTS, part_limit_s, show_sources_to_children
+from benchmarks import gpu
+from benchmarks.gpu import LIMIT_S, PARTS, part_limit_s, problem_of, show_sources_to_children
 
 
 @given(st.lists(st.floats(0, 1), min_size=len(PARTS), max_size=len(PARTS)))
@@ -31,6 +32,13 @@ def test_part_limit__part_left_out__its_time_is_for_the_others() -> None:
     assert part_limit_s([options, with_ray], left_s=100) == 100 - with_ray.least_s
     assert part_limit_s([options], left_s=100) == 100
     assert part_limit_s([options, with_ray], left_s=50) == 0
+
+
+def test_problem__forge_is_not_installed__part_with_ray_alone_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [part.function for part in PARTS if problem_of(part)] == []
+    monkeypatch.setattr(gpu, "FORGE", "/nowhere/forge")
+    assert [part.function for part in PARTS if problem_of(part)] == ["with_ray"]
+    assert problem_of(PARTS[-1]) == "forge is not installed: /nowhere/forge is missing"
 
 
 def test_show_sources__forge_is_not_installed__is_found_from_any_folder(

@@ -7,12 +7,15 @@ from typing import Any
 import pytest
 
 from forge.errors import PlanError
+from forge.plan.bill import make_bill
 from forge.plan.curve import curve_differences, run_digest
 from forge.plan.inputs import Fp8Layers, HardwareInfo
 from forge.plan.memory import OptimizerState, estimate_memory
 from forge.plan.plan import Plan, make_plan, plan_from_json, plan_to_json
+from forge.pricing.offers import OfferTable
 from forge.report.speed_text import speed_facts
 from tests.support.jobs import CPU, UNPREPARED, tiny_facts, tiny_job
+from tests.support.offers import offer
 
 LAYERS = Fp8Layers(num_layers=12, num_parameters=20_000, left_out={"of sizes that are no multiples of 16": 2})
 UNKNOWN_GPU = HardwareInfo(device="cuda", name="test", memory_bytes=None, peak_flops=None)
@@ -78,6 +81,15 @@ def test_plan__fp8_that_cannot_be__refused_by_name(
 @pytest.mark.parametrize("name", ["H100", "NVIDIA L4", "RTX-4090", "B200", "NVIDIA L40S"])
 def test_plan__gpu_with_fp8__is_planned(name: str) -> None:
     planned(hardware=HardwareInfo(device="cuda", name=name, memory_bytes=None, peak_flops=None))
+
+
+def test_candidates__gpus_without_fp8__are_left_out_with_the_reason() -> None:
+    plan = planned(resources__gpu="auto", training__total_steps=10**7)
+    found = make_bill(plan, OfferTable(offers=(offer(), offer(instance="g6.xlarge", gpu="L4"))))
+    assert [(one.reason, one.num_offers) for one in found.left_out] == [
+        ("the GPU does not compute in fp8 (training.fp8)", 1)
+    ]
+    assert {one.offer.instance for one in found.candidates} == {"g6.xlarge"}
 
 
 def test_run__resumed_with_another_fp8__has_another_loss_curve() -> None:
