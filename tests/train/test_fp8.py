@@ -78,6 +78,30 @@ def test_losses__each_stage__near_bf16_and_resumed_bit_for_bit(
 
 @needs_torchao
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model__attention_dropout": 0.1},
+        {"training__sequence_parallel": 2},
+        {
+            "training__zero": {"stage": 3, "hpz_partition_size": 2},
+            "training__optimizer": {"name": "muon", "lr": 1e-2},
+        },
+        {"training__cross_entropy": "plain", "training__global_batch_size": 11},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_losses__with_other_options__near_bf16(corpus: CorpusInfo, tmp_path: Path, changes: dict[str, Any]) -> None:
+    found, plain = (
+        run_ranks(planned(corpus, is_fp8=is_fp8, **changes), tmp_path / f"{is_fp8}", world_size=2).losses
+        for is_fp8 in (True, False)
+    )
+    assert found != plain
+    assert found == pytest.approx(plain, rel=0.01)
+
+
+@needs_torchao
+@pytest.mark.slow
 def test_losses__other_ranks_and_micro_batches__as_near_as_in_bf16(corpus: CorpusInfo, tmp_path: Path) -> None:
     found = {}
     for is_fp8 in (True, False):
