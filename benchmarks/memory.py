@@ -22,7 +22,8 @@ import yaml
 
 from benchmarks.program import records_of, train_to_end
 from benchmarks.report import benchmark_parser, parse_options, print_table, write_json
-from forge.plan.memory import MemoryEstimate, num_copies_in_memory
+from forge.plan.memory import MemoryEstimate
+from forge.plan.snapshot_memory import num_copies_in_memory
 from forge.runs.reader import read_plan
 
 MODEL = {

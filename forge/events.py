@@ -307,7 +307,13 @@ class GenerationStarting:
     num_spare: int = 0
     """Workers that get no rank, since the plan estimates shorter steps without them."""
     num_split_groups: int = 0
-    """Groups of hpZ that are on more than one node, whose gathers take longer than the plan estimates."""
+    """Groups of ranks that should be on one node and are on several, so that gathers take longer than the plan
+    estimates."""
+    num_shard_groups: int = 1
+    """Groups of ranks that each hold the whole state."""
+    parts_per_shard: int = 0
+    """Parts of a shard of which each rank's snapshots have one, as other groups have it too; 0: each rank's
+    snapshots are sent to another node."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

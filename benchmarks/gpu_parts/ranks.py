@@ -185,7 +185,7 @@ class _TimedReporter(RecordingReporter):
 class _LocalReplicas:
     """A replica client without another machine: the shared memory of the snapshots is all."""
 
-    def register(self, snapshot: Any) -> None:
+    def register(self, snapshot: Any, *, piece: int, num_pieces: int, is_sent: bool) -> None:
         pass
 
     def metadata(self) -> Mapping[str, Any]:

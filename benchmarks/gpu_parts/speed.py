@@ -22,8 +22,8 @@ from benchmarks.report import cpu_model
 from benchmarks.torchrun import run_under_torchrun
 from forge.events import CheckpointSaved
 from forge.limits import usable_memory_bytes
-from forge.plan.memory import num_copies_in_memory
 from forge.plan.plan import Plan
+from forge.plan.snapshot_memory import num_copies_in_memory
 from forge.train.peak import measure_gemm_flops
 
 _PACKAGES = (

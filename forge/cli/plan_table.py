@@ -25,7 +25,7 @@ def show_plan(plan: DraftPlan, *, to_stderr: bool = False) -> None:
     columns = ["#workers", "#micro", "#accum.", "#pad", "#weights", "#grads", "#states", "#host", "#~total"]
     rows = []
     hours = {world.world_size: world.hours for world in plan.forecast.worlds} if plan.forecast else {}
-    has_groups = any(world.hpz_partition_size > 1 for world in plan.worlds)
+    has_groups = any(world.group_size > 1 for world in plan.worlds)
     columns[1:1] = ["#group"] if has_groups else []
     columns += ["#~time"] if hours else []
     shown = _shown(plan.worlds)
@@ -37,7 +37,7 @@ def show_plan(plan: DraftPlan, *, to_stderr: bool = False) -> None:
             [
                 str(batch.world_size),
                 *([_ranks_of_sequence(batch)] if is_shared else []),
-                *([str(world.hpz_partition_size)] if has_groups else []),
+                *([str(world.group_size)] if has_groups else []),
                 str(batch.micro_batch_size),
                 str(batch.gradient_accumulation_steps),
                 str(batch.padding),

@@ -105,7 +105,8 @@ def sizing_record(run: SizedRun, *, notes: Sequence[str]) -> dict[str, Any]:
         "micro_batch_size": run.batch.micro_batch_size,
         "learning_rate": run.learning_rate,
         "zero_stage": run.training.zero.stage,
-        "hpz_partition_size": run.hpz_partition_size,
+        "hpz_partition_size": run.groups.hpz_partition_size,
+        "num_shard_groups": run.groups.num_shard_groups,
         "activation_checkpointing": run.training.activation_checkpointing,
         "machines": run.machines.name,
         "gpu": run.machines.gpu.name,
@@ -171,7 +172,9 @@ def _engine(run: SizedRun) -> str:
     chosen = run.training.activation_checkpointing
     recomputed = f", activations recomputed{' selectively' if chosen == 'selective' else ''}" if chosen else ""
     accumulated = f"micro-batch {batch.micro_batch_size} x {batch.gradient_accumulation_steps}"
-    groups = f", hpZ groups of {run.hpz_partition_size}" if run.hpz_partition_size > 1 else ""
+    groups = f", hpZ groups of {run.groups.hpz_partition_size}" if run.groups.hpz_partition_size > 1 else ""
+    if run.groups.num_shard_groups > 1:
+        groups = f" in {run.groups.num_shard_groups} shard groups"
     return f"ZeRO {run.training.zero.stage}{groups}, {accumulated}{recomputed}"
 
 

@@ -127,6 +127,12 @@ def _read_whole_or_auto(value: Any) -> Any:
     return value
 
 
+def _read_group_size(value: Any) -> Any:
+    if value not in ("auto", "all") and (isinstance(value, bool) or not isinstance(value, int)):
+        raise ValueError("must be auto, all or a whole number")
+    return value
+
+
 def _read_flag_or_auto(value: Any) -> Any:
     if value != "auto" and not isinstance(value, bool):
         raise ValueError("must be auto, true or false")
@@ -170,6 +176,12 @@ WholeOrAuto = Annotated[
     Literal["auto"] | int,
     BeforeValidator(_read_whole_or_auto),
     WithJsonSchema({"anyOf": [{"const": "auto"}, {"type": "integer", "minimum": 1}]}),
+]
+
+GroupSize = Annotated[
+    Literal["auto", "all"] | int,
+    BeforeValidator(_read_group_size),
+    WithJsonSchema({"anyOf": [{"enum": ["auto", "all"]}, {"type": "integer", "minimum": 2}]}),
 ]
 
 Fraction = Annotated[

@@ -20,6 +20,7 @@ from forge.config.section import (
     FieldError,
     FlagOrAuto,
     Fraction,
+    GroupSize,
     Interval,
     Number,
     Section,
@@ -77,6 +78,14 @@ class ZeroSpec(Section):
     plan chooses the fastest of smaller groups, fewer workers and no groups. DeepSpeed's `zero_hpz_partition_size`;
     only at stage 3."""
 
+    shard_group_size: GroupSize = "auto"
+    """Number of workers that divide the training state among themselves; each group of so many holds all of it,
+    gathers weights and reduces gradients within itself, and sums the gradients of a step over the groups once.
+    `auto`: the GPUs of one machine or of several, where the state of a group fits and the estimated step is shorter
+    by it, else all; `all`: no groups. At numbers of workers that it does not divide, the plan chooses the fastest
+    of larger groups, fewer workers and no groups. torch's `ShardingStrategy.HYBRID_SHARD`, once DeepSpeed's
+    `mics_shard_size`; not at stage 0, and not with `offload: cpu`."""
+
     quantized_weights: bool = False
     """Gather weights in 8 bits (qwZ, arXiv 2306.10209): half of the bytes of bf16, but other losses. DeepSpeed's
     `zero_quantized_weights`; only at stage 3 and on GPUs, where DeepSpeed compiles its kernels at the first start,
@@ -97,6 +106,7 @@ class ZeroSpec(Section):
         elif self.stage != 3 and size not in ("auto", 1):
             problem = f"needs stage: 3: at stage {self.stage} every worker has all weights"
             errors.append(FieldError("hpz_partition_size", problem, depends_on=("stage",)))
+        errors += self._shard_group_errors()
         for key, what in (
             ("quantized_weights", "weights are gathered"),
             ("quantized_gradients", "DeepSpeed has it"),
@@ -105,6 +115,25 @@ class ZeroSpec(Section):
                 errors.append(FieldError(key, f"needs stage: 3: {what} at that stage only", depends_on=("stage",)))
         raise_errors(errors)
         return self
+
+    def _shard_group_errors(self) -> list[FieldError]:
+        key, size = "shard_group_size", self.shard_group_size
+        if not isinstance(size, int):
+            return []
+        if size < 2:
+            return [
+                FieldError(key, "must be auto, all, or at least 2 (with stage: 0 each worker holds everything)")
+            ]
+        excluded = {
+            "stage": self.stage == 0 and "needs stage 1, 2 or 3: at stage 0 nothing is divided",
+            "offload": self.offload != "none"
+            and "cannot be used with offload: cpu, which takes the norms of gradients before groups are summed",
+            "hpz_partition_size": self.hpz_partition_size not in ("auto", 1)
+            and "cannot be used with hpz_partition_size: within a group weights are near already",
+            "quantized_gradients": self.quantized_gradients
+            and "cannot be used with quantized_gradients, which reduces in groups of its own",
+        }
+        return [FieldError(key, problem, depends_on=(other,)) for other, problem in excluded.items() if problem]
 
 
 class MaskingSpec(Section):

@@ -58,6 +58,10 @@ class WorkerSpec:
     asked_at: float
     """When the worker was requested, by the node's monotonic clock."""
     secret: str
+    num_shard_groups: int
+    """Groups of ranks that each hold the whole state."""
+    parts_per_shard: int
+    """See `forge.train.snapshot_pieces`."""
     has_listener: bool = False
 
 
@@ -94,6 +98,8 @@ def start_commands(
         "laps": dict(laps),
         "checkpoint_risk": None if checkpoint_risk is None else asdict(checkpoint_risk),
         "is_stopping": state.is_stopping,
+        "num_shard_groups": start.num_shard_groups,
+        "parts_per_shard": start.parts_per_shard,
     }
     commands: dict[str, Message] = {}
     with_source: dict[int, SharedMessage] = {}
@@ -105,6 +111,7 @@ def start_commands(
             else find_spare(node, state=state, connections=connections)
         )
         own = {
+            "number": number,
             "ranks": ranks[node],
             "num_on_host": num_on_host[connections[node].host],
             "peer": list(connections[peer].endpoint) if peer is not None else None,

@@ -37,6 +37,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from forge.elastic.shard_copies import parts_per_shard
 from forge.elastic.sharded import ShardedMap, ShardedSet
 from forge.elastic.states import (
     Action,
@@ -490,6 +491,7 @@ def _start(state: MembershipState, now: float, *, found: ReplicatedStep | None, 
     if not is_enough:
         chosen, assignment = state, _assign(state, now)
     from_memory = found is not None and found.step >= state.stored_step
+    num_shard_groups = state.num_shard_groups.get(len(assignment), 1)
     start = StartGeneration(
         generation=max(state.generation, state.former_generation) + 1,
         assignment=assignment,
@@ -497,6 +499,8 @@ def _start(state: MembershipState, now: float, *, found: ReplicatedStep | None, 
         source=(found.generation, found.world_size) if found and from_memory else None,
         num_spare=min(_target_size(state, now), _usable_slots(chosen, now)) - len(assignment),
         num_split_groups=_num_split(assignment, size=state.group_sizes.get(len(assignment), 1)),
+        num_shard_groups=num_shard_groups,
+        parts_per_shard=parts_per_shard(assignment, num_shard_groups=num_shard_groups),
     )
     state = replace(
         state,

@@ -1,9 +1,11 @@
 """The snapshots that a generation continues from, in start commands: which node has each rank's.
 
 A list of all endpoints in each of 10,000 commands would be 800 MB. So nodes are numbered, and an agent is sent the
-endpoints that it has not had yet; which node has which rank's snapshot is a list of numbers, most of them the one
-before plus one, which compresses to a few hundred bytes. What an agent has never had is sent in the background
-while ranks train (`endpoints` commands), so that the first membership change need not send it.
+endpoints that it has not had yet; which node has which snapshot is a list of numbers, most of them the one before
+plus one, which compresses to a few hundred bytes. Where many nodes have the same snapshot, as with shard groups,
+there are several lists, and each node reads by one of them, so that not all read from one node. What an agent has
+never had is sent in the background while ranks train (`endpoints` commands), so that the first membership change
+need not send it.
 """
 
 from __future__ import annotations
@@ -80,8 +82,9 @@ class SourceWriter:
             return dict.fromkeys(nodes)
         generation, world_size = start.source
         where = holders(generation, world_size=world_size, step=start.step, state=state)
-        numbers = [min(self._number(connections[name]) for name in where[rank]) for rank in range(world_size)]
-        steps = pack([after - before for before, after in zip([0, *numbers], numbers, strict=False)])
+        numbers = [sorted(self._number(connections[name]) for name in where[rank]) for rank in range(world_size)]
+        num_lists = max(1, max(len(held) for held in numbers) // 2)  # one, if there is but the usual replica
+        lists = [_differences([held[i % len(held)] for held in numbers]) for i in range(num_lists)]
         by_known: dict[int, Message] = {}
         found: dict[str, Message | None] = {}
         for node in nodes:
@@ -89,7 +92,7 @@ class SourceWriter:
             if known not in by_known:
                 by_known[known] = {
                     "generation": generation,
-                    "numbers": steps,
+                    "lists": lists,
                     "first": known,
                     "endpoints": self._pack_endpoints(known, connections),
                 }
@@ -136,10 +139,15 @@ class SourceReader:
         if source is None:
             return []
         self.learn(source)
+        lists = source["lists"]
         return [
             {"generation": source["generation"], "rank": rank, "endpoint": self._endpoints[number]}
-            for rank, number in enumerate(accumulate(unpack(source["numbers"])))
+            for rank, number in enumerate(accumulate(unpack(lists[command["number"] % len(lists)])))
         ]
+
+
+def _differences(numbers: list[int]) -> str:
+    return pack([after - before for before, after in zip([0, *numbers], numbers, strict=False)])
 
 
 def holders(generation: int, *, world_size: int, step: int, state: MembershipState) -> dict[int, list[str]]:

@@ -28,7 +28,7 @@ class Phase(StrEnum):
 
 
 class ReplicaLocation(NamedTuple):
-    """One rank's complete snapshot of one step, in a node's memory.
+    """One complete snapshot of one step, in a node's memory.
 
     A tuple, because it is built and hashed several times faster than a dataclass: the reports on one membership
     change of 10,000 nodes name 40,000 of them.
@@ -36,7 +36,9 @@ class ReplicaLocation(NamedTuple):
 
     generation: int
     rank: int
+    """That took it; with shard groups, the number of the piece (`forge.train.snapshot_pieces`)."""
     world_size: int
+    """Likewise: how many snapshots a step has."""
     step: int
 
 
@@ -92,6 +94,8 @@ class MembershipState:
     """Usable slots → how many of them get no rank, by the plan; 0 where left out."""
     group_sizes: Mapping[int, int] = field(default_factory=dict)
     """World size → ranks in a group that should be on one node, as of hpZ; 1 where left out."""
+    num_shard_groups: Mapping[int, int] = field(default_factory=dict)
+    """World size → groups of ranks that each hold the whole state; 1 where left out."""
     phase: Phase = Phase.WAITING
     generation: int = 0
     """The newest generation; the next one has the next number."""
@@ -309,6 +313,11 @@ class StartGeneration:
     """Usable slots without a rank, by the plan."""
     num_split_groups: int = 0
     """Groups (`group_sizes`) on more than one node."""
+    num_shard_groups: int = 1
+    """Groups of ranks that each hold the whole state."""
+    parts_per_shard: int = 0
+    """With shard groups on several nodes: of how many parts of its shard a rank keeps one in memory, as others with
+    the same shard have the rest (`forge.train.snapshot_pieces`); 0: each keeps its own, and sends it elsewhere."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

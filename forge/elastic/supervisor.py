@@ -409,6 +409,8 @@ class Supervisor:
                 source="memory" if start.source else "storage",
                 num_spare=start.num_spare,
                 num_split_groups=start.num_split_groups,
+                num_shard_groups=start.num_shard_groups,
+                parts_per_shard=start.parts_per_shard,
             )
         )
         laps = {"decide": round(decided_in_s, 4)}

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from forge.config.cluster import CloudSpec
 from forge.plan.interruptions import HOURS_PER_MONTH
-from forge.plan.memory import WEIGHT_BYTES
 from forge.plan.plan import DraftPlan
+from forge.plan.snapshot_memory import WEIGHT_BYTES
 from forge.plan.space import checkpoint_bytes
 from forge.pricing.transfer import (
     INTERNET,

@@ -213,7 +213,7 @@ def _baseline_s(plan: DraftPlan, world_size: int, *, gpu: Gpu | None, links: Int
         gpu=gpu,
         corpus=_corpus(plan),
         teacher=plan.teacher,
-        hpz_partition_size=world.hpz_partition_size,
+        groups=world.groups,
     )
     return estimate_step(work, gpu=gpu, interconnect=links).total_s
 

@@ -27,6 +27,8 @@ from forge.config.training import TrainingSpec
 from forge.plan.deepspeed_config import REDUCE_BUCKET
 from forge.plan.inputs import ModelInfo, TeacherInfo
 from forge.plan.parameter_groups import OptimizerState
+from forge.plan.rank_groups import NO_GROUPS, RankGroups
+from forge.plan.snapshot_memory import WEIGHT_BYTES, snapshot_bytes
 
 USABLE_SHARE = 0.85
 """Share of a worker's memory that the plan fills; the rest is for the allocator, CUDA context and buffers."""
@@ -58,8 +60,6 @@ PREFETCH_BUCKET = 50_000_000
 """Parameters that ZeRO 3 gathers into one buffer, before the last of them. DeepSpeed's default of
 `stage3_prefetch_bucket_size`."""
 _MAPPED_BYTES = 32 * 2**20
-WEIGHT_BYTES = {"bf16": 2, "fp32": 4}
-"""Of a parameter, by `training.precision`."""
 MAX_AUTO_MICRO_BATCH = 8
 """Largest micro-batch that `auto` picks: small models gained nothing beyond it on any device we measured."""
 
@@ -130,7 +130,7 @@ def estimate_memory(
     has_standby: bool = False,
     teacher: TeacherInfo | None = None,
     holds_reference: bool = False,
-    hpz_partition_size: int = 1,
+    groups: RankGroups = NO_GROUPS,
     sequence_parallel_size: int = 1,
 ) -> MemoryEstimate:
     """Estimate the memory of one worker at one world size.
@@ -143,7 +143,6 @@ def estimate_memory(
         has_standby: the next rank of its GPU waits beside it (the elastic engine).
         teacher: of a distillation.
         holds_reference: every worker holds the model as it was before training, too.
-        hpz_partition_size: workers in a group of hpZ; 1: no groups.
         sequence_parallel_size: ranks that share each sequence; its activations and logits are divided by it.
     """
     stage = training.zero.stage
@@ -151,26 +150,29 @@ def estimate_memory(
     trainable = model.num_trainable_parameters
     # A separate master copy exists unless fp32 weights are updated in place (ZeRO 0).
     master = 4 if training.precision == "bf16" or stage > 0 else 0
-    shards = world_size if stage >= 1 else 1
-    weights = _weights_bytes(model, training, world_size=world_size, hpz_partition_size=hpz_partition_size)
-    buffers = _zero3_buffers(model, training, world_size=world_size, is_on_host=is_on_host)
-    gradients = width * trainable // (world_size if stage >= 2 else 1)
+    sharing = world_size // groups.num_shard_groups
+    shards = sharing if stage >= 1 else 1
+    weights = _weights_bytes(model, training, sharing=sharing, hpz_partition_size=groups.hpz_partition_size)
+    gradients = width * trainable // (sharing if stage >= 2 else 1)
     optimizer = (master * trainable + state.sharded_bytes) // shards + state.replicated_bytes
     ema = 4 * trainable // shards if training.ema else 0
-    snapshot = _snapshot_bytes(model, training, state=state) // world_size
+    host = snapshot_bytes(model, training, state=state, num_copies=num_copies, world_size=world_size, groups=groups)
     is_offloaded = training.zero.offload == "cpu" and not is_on_host
+    step = _step_bytes(training, is_on_host=is_on_host)
     tokens_of_rank = micro_batch_size * seq_len // sequence_parallel_size
     inputs_on_host = 0 if is_on_host else offloaded_bytes(model, training, num_tokens=tokens_of_rank)
-    step = _step_bytes(training, is_on_host=is_on_host)
     logits = logits_bytes(model, training, num_tokens=tokens_of_rank)
-    sizes = {"micro_batch_size": micro_batch_size, "seq_len": seq_len}
     activations = logits + activation_bytes(
-        model, training, is_on_host=is_on_host, sequence_parallel_size=sequence_parallel_size, **sizes
+        model,
+        training,
+        micro_batch_size=micro_batch_size,
+        seq_len=seq_len,
+        is_on_host=is_on_host,
+        sequence_parallel_size=sequence_parallel_size,
     )
     activations += _fp8_bytes(model, num_tokens=tokens_of_rank) if training.fp8 else 0
-    others = _other_models_bytes(
-        model, training, tokens=micro_batch_size * seq_len, teacher=teacher, holds_reference=holds_reference
-    )
+    tokens = micro_batch_size * seq_len
+    others = _other_models_bytes(model, training, tokens=tokens, teacher=teacher, holds_reference=holds_reference)
     return MemoryEstimate(
         weights_bytes=weights + others[0],
         gradients_bytes=gradients,
@@ -179,8 +181,8 @@ def estimate_memory(
         activations_bytes=activations + others[1],
         logits_bytes=logits if logits >= 3 * _MAPPED_BYTES else 0,
         update_bytes=0 if is_offloaded else (master + step) * trainable // shards,
-        **buffers,
-        host_bytes=num_copies * snapshot + (optimizer + ema if is_offloaded else 0) + inputs_on_host,
+        **_zero3_buffers(model, training, sharing=sharing, is_on_host=is_on_host),
+        host_bytes=host + (optimizer + ema if is_offloaded else 0) + inputs_on_host,
         standby_bytes=STANDBY_BYTES if has_standby and not is_on_host else 0,
         libraries_bytes=LIBRARIES_BYTES if is_on_host else 0,
         is_on_host=is_on_host,
@@ -205,14 +207,7 @@ def _other_models_bytes(
     return weights, activations
 
 
-def _snapshot_bytes(model: ModelInfo, training: TrainingSpec, *, state: OptimizerState) -> int:
-    """Of a snapshot of all ranks, at every stage; of frozen parameters in their own precision, or not at all."""
-    frozen = model.num_parameters - model.num_trainable_parameters - model.num_base_parameters
-    kept = (8 if training.ema else 4) * model.num_trainable_parameters + state.total_bytes
-    return kept + WEIGHT_BYTES[training.precision] * frozen
-
-
-def _weights_bytes(model: ModelInfo, training: TrainingSpec, *, world_size: int, hpz_partition_size: int) -> int:
+def _weights_bytes(model: ModelInfo, training: TrainingSpec, *, sharing: int, hpz_partition_size: int) -> int:
     """Of the weights; under ZeRO 3 the shard.
 
     hpZ adds the share of the group's second copy, in the precision of the weights: 2Ψ ÷ group bytes in bf16.
@@ -220,13 +215,11 @@ def _weights_bytes(model: ModelInfo, training: TrainingSpec, *, world_size: int,
     width, quantised = WEIGHT_BYTES[training.precision], model.num_quantised_parameters
     weights = width * (model.num_parameters - quantised) + round(NF4_BYTES * quantised)
     if training.zero.stage == 3:
-        weights = weights // world_size + (weights // hpz_partition_size if hpz_partition_size > 1 else 0)
+        weights = weights // sharing + (weights // hpz_partition_size if hpz_partition_size > 1 else 0)
     return weights
 
 
-def _zero3_buffers(
-    model: ModelInfo, training: TrainingSpec, *, world_size: int, is_on_host: bool
-) -> dict[str, int]:
+def _zero3_buffers(model: ModelInfo, training: TrainingSpec, *, sharing: int, is_on_host: bool) -> dict[str, int]:
     """Return the fields of `MemoryEstimate` for what ZeRO 3 gathers and reduces.
 
     With the largest module λ of Ψ parameters: min(Ψ, MAX_LIVE_PARAMETERS + λ) whole parameters, and a buffer of
@@ -243,7 +236,7 @@ def _zero3_buffers(
     gathered = min(whole, MAX_LIVE_PARAMETERS + largest) + min(whole, PREFETCH_BUCKET + largest)
     reduced = min(trained, max(REDUCE_BUCKET, largest))
     return {
-        "gathered_bytes": width * gathered if world_size > 1 else 0,
+        "gathered_bytes": width * gathered if sharing > 1 else 0,
         "bucket_bytes": width * (min(trained, REDUCE_BUCKET) if is_on_host else REDUCE_BUCKET),
         "reduction_bytes": width * reduced * (2 if is_on_host else 1),
     }
@@ -252,17 +245,6 @@ def _zero3_buffers(
 def _step_bytes(training: TrainingSpec, *, is_on_host: bool) -> int:
     """Of a parameter's step, if it is computed outside of the kernel that applies it."""
     return 4 if is_on_host and training.optimizer.name != "adafactor" else 0
-
-
-def num_copies_in_memory(*, engine: str, world_size: int) -> int:
-    """Return how many copies of one rank's state host memory holds.
-
-    Ray Train: one, for checkpoints. Elastic: two alternating snapshot buffers, and as many replicas of another
-    node's if there is another node.
-    """
-    if engine == "ray-train":
-        return 1
-    return 4 if world_size > 1 else 2
 
 
 def activation_bytes(

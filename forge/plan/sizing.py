@@ -20,9 +20,11 @@ from forge.plan.batch import BatchPlan, plan_batch
 from forge.plan.inputs import ModelInfo
 from forge.plan.llama_shape import LlamaShape, llama_shape
 from forge.plan.machines import Machines
-from forge.plan.memory import MemoryEstimate, estimate_memory, max_micro_batch_size, num_copies_in_memory
+from forge.plan.memory import MemoryEstimate, estimate_memory, max_micro_batch_size
 from forge.plan.parameter_groups import OptimizerState
+from forge.plan.rank_groups import NO_GROUPS, RankGroups, possible_hpz, possible_shard_groups
 from forge.plan.scaling import BESIROGLU, ModelScale, ScalingLaw, batch_and_rate, bisect_log
+from forge.plan.snapshot_memory import num_copies_in_memory
 from forge.plan.step_work import step_work
 from forge.plan.throughput import Estimate, estimate_step, with_uncertainty
 from forge.plan.world_size import LEAST_GAIN
@@ -36,8 +38,8 @@ _ENGINES: tuple[tuple[int, Checkpointing], ...] = (
     *((2, False), (3, False), (2, "selective"), (3, "selective")),
     *((2, True), (3, True)),
 )
-"""ZeRO stage, and `training.activation_checkpointing`; of those that fit, the fastest is taken, at stage 3 with the
-groups of hpZ that `plan_world_size` chooses."""
+"""ZeRO stage, and `training.activation_checkpointing`; of those that fit, the fastest is taken, with the groups
+that `plan_world_size` chooses."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,8 +82,7 @@ class SizedRun:
     batch: BatchPlan
     tokens_per_s: Estimate
     """Of all GPUs together."""
-    hpz_partition_size: int = 1
-    """GPUs in a group of hpZ; 1: no groups."""
+    groups: RankGroups = NO_GROUPS
 
     @property
     def scale(self) -> ModelScale:
@@ -204,7 +205,7 @@ def _run_with(flops: float, *, goal: Goal, machines: Machines) -> SizedRun | Non
         training=best.training,
         batch=best.batch,
         tokens_per_s=with_uncertainty(best.tokens_per_s * world_size, gpu=machines.gpu),
-        hpz_partition_size=best.hpz_partition_size,
+        groups=best.groups,
     )
 
 
@@ -214,7 +215,7 @@ class _Engine:
 
     training: TrainingSpec
     batch: BatchPlan
-    hpz_partition_size: int
+    groups: RankGroups
     tokens_per_s: float
     """Of one GPU."""
 
@@ -222,23 +223,28 @@ class _Engine:
 def _engine(
     stage: int, recomputes: Checkpointing, *, rows: int, shape: LlamaShape, goal: Goal, machines: Machines
 ) -> _Engine | None:
-    """The settings of a ZeRO stage, with the machine's GPUs as groups of hpZ if that is clearly faster; None if
-    they do not fit."""
+    """The settings of a ZeRO stage, with groups if these are clearly faster; None if they do not fit."""
     training = _settings(stage, recomputes=recomputes, rows=rows)
     fitting = partial(_fitting_engine, training, rows=rows, model=shape.model_info(), goal=goal, machines=machines)
-    plain = fitting(hpz_partition_size=1)
+    best = fitting(groups=NO_GROUPS)
     size = machines.interconnect.gpus_per_node
     # Groups take memory: where nothing fits without them, nothing fits with them.
-    if plain is None or stage != 3 or size == 1 or machines.num_gpus <= size:
-        return plain
-    grouped = fitting(hpz_partition_size=size)
-    # As in `plan_world_size`: a step that is shorter by less is not worth their memory.
-    is_faster = grouped is not None and plain.tokens_per_s < (1 - LEAST_GAIN) * grouped.tokens_per_s
-    return grouped if is_faster else plain
+    if best is None or size == 1 or machines.num_gpus <= size:
+        return best
+    ranks = {"world_size": machines.num_gpus, "unit": size}
+    hpz = possible_hpz(training.zero, **ranks)
+    found = possible_shard_groups(training.zero, **ranks, can_choose=True)
+    sharded = (option for groups in found if (option := fitting(groups=groups)) is not None)
+    options = (fitting(groups=hpz) if hpz is not None else None, next(sharded, None))
+    for option in options:
+        # As in `plan_world_size`: a step that is shorter by less is not worth their memory.
+        if option is not None and best.tokens_per_s < (1 - LEAST_GAIN) * option.tokens_per_s:
+            best = option
+    return best
 
 
 def _fitting_engine(
-    training: TrainingSpec, *, rows: int, model: ModelInfo, goal: Goal, machines: Machines, hpz_partition_size: int
+    training: TrainingSpec, *, rows: int, model: ModelInfo, goal: Goal, machines: Machines, groups: RankGroups
 ) -> _Engine | None:
     """The largest micro-batch and its speed; None if not even one sequence fits."""
     world_size = machines.num_gpus
@@ -254,7 +260,7 @@ def _fitting_engine(
         state=state,
         num_copies=num_copies_in_memory(engine="elastic", world_size=world_size),
         has_standby=True,
-        hpz_partition_size=hpz_partition_size,
+        groups=groups,
     )
     memory_bytes = machines.gpu.memory_gib * 2**30
     micro = max_micro_batch_size(training, estimate=need, memory_bytes=memory_bytes)
@@ -268,12 +274,10 @@ def _fitting_engine(
         batch=batch,
         state=state,
         gpu=machines.gpu,
-        hpz_partition_size=hpz_partition_size,
+        groups=groups,
     )
     step = estimate_step(work, gpu=machines.gpu, interconnect=machines.interconnect)
-    return _Engine(
-        training=training, batch=batch, hpz_partition_size=hpz_partition_size, tokens_per_s=step.tokens_per_s
-    )
+    return _Engine(training=training, batch=batch, groups=groups, tokens_per_s=step.tokens_per_s)
 
 
 @cache

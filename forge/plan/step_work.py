@@ -8,8 +8,9 @@ from forge.plan.batch import BatchPlan
 from forge.plan.flops import SequenceShares, flops_per_token, head_share, sequence_shares
 from forge.plan.gpus import Gpu
 from forge.plan.inputs import CorpusInfo, ModelInfo, TeacherInfo
-from forge.plan.memory import WEIGHT_BYTES
 from forge.plan.parameter_groups import OptimizerState
+from forge.plan.rank_groups import NO_GROUPS, RankGroups
+from forge.plan.snapshot_memory import WEIGHT_BYTES
 from forge.plan.throughput import StepWork
 
 _BIDIRECTIONAL = frozenset({"masked-lm", "contrastive"})
@@ -27,14 +28,13 @@ def step_work_of_job(
     gpu: Gpu,
     corpus: CorpusInfo | None = None,
     teacher: TeacherInfo | None = None,
-    hpz_partition_size: int = 1,
+    groups: RankGroups = NO_GROUPS,
 ) -> StepWork:
     """Return the work of a step of a job at one world size.
 
     Args:
         state: of the optimizer; see `optimizer_state`.
         teacher: of a distillation.
-        hpz_partition_size: workers in a group of hpZ; 1: no groups.
     """
     beside = 0.0
     share = head_share(job, model, corpus)
@@ -52,7 +52,7 @@ def step_work_of_job(
         share_of_head=share,
         shares=sequence_shares(job, corpus),
         forward_flops_beside=beside,
-        hpz_partition_size=hpz_partition_size,
+        groups=groups,
     )
 
 
@@ -67,7 +67,7 @@ def step_work(
     share_of_head: float = 1.0,
     shares: SequenceShares | None = None,
     forward_flops_beside: float = 0.0,
-    hpz_partition_size: int = 1,
+    groups: RankGroups = NO_GROUPS,
 ) -> StepWork:
     """Return the work of a step of a model at one world size.
 
@@ -75,7 +75,6 @@ def step_work(
         share_of_head: share of the positions at which the output head is computed.
         shares: of an encoder-decoder.
         forward_flops_beside: per token, of models that are asked beside.
-        hpz_partition_size: workers in a group of hpZ; 1: no groups.
     """
     width = WEIGHT_BYTES[training.precision]
     total = flops_per_token(model, seq_len=seq_len, shares=shares, share_of_head=share_of_head)
@@ -84,7 +83,7 @@ def step_work(
     is_causal = model.num_encoder_layers == 0 and training.objective not in _BIDIRECTIONAL
     outputs = model.num_outputs or model.vocab_size
     trained = model.num_trainable_parameters
-    shards = batch.world_size if training.zero.stage >= 1 else 1
+    shards = batch.world_size // groups.num_shard_groups if training.zero.stage >= 1 else 1
     degree = batch.sequence_parallel_size
     # Queries and outputs, and keys and values, which may have fewer heads.
     heads = 2 + 2 * model.num_key_value_heads / max(1, model.num_attention_heads)
@@ -108,7 +107,8 @@ def step_work(
         world_size=batch.world_size,
         peak_flops=gpu.bf16_flops if training.precision == "bf16" else gpu.fp32_flops,
         num_layers=model.num_layers,
-        hpz_partition_size=hpz_partition_size,
+        hpz_partition_size=groups.hpz_partition_size,
+        num_shard_groups=groups.num_shard_groups,
         sequence_parallel_size=degree,
         offloaded_bytes=inputs if training.activation_offload and training.activation_checkpointing else 0.0,
         exchanged_bytes=heads * model.attention_width * model.num_layers * width * (degree - 1) / degree,

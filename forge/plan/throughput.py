@@ -114,6 +114,8 @@ class StepWork:
     num_layers: int = 0
     hpz_partition_size: int = 1
     """Workers in a group of hpZ; 1: no groups."""
+    num_shard_groups: int = 1
+    """Groups of workers that each hold the whole state; 1: no groups."""
     sequence_parallel_size: int = 1
     """Ranks that share each sequence."""
     offloaded_bytes: float = 0.0
@@ -165,9 +167,7 @@ def estimate_step(
     memory_s = work.tokens * traffic / gpu.memory_bytes_per_s
     launch_s = LAUNCH_S_PER_LAYER * work.num_layers
     computed_s = work.num_micro_batches * max(matmul_s + attention_s + memory_s, launch_s)
-    moved = bytes_moved(work)
-    communication_s = moved.of_all / _bandwidth(gpu, interconnect, work.world_size, constants)
-    communication_s += moved.in_groups / _bandwidth(gpu, interconnect, work.hpz_partition_size, constants)
+    communication_s = _communication_s(work, gpu=gpu, interconnect=interconnect, constants=constants)
     optimizer_s = work.state_bytes / gpu.memory_bytes_per_s
     exchanged = work.num_micro_batches * work.tokens * (passes - 1) * work.exchanged_bytes
     exchange_s = exchanged / _bandwidth(gpu, interconnect, work.sequence_parallel_size, constants)
@@ -197,10 +197,12 @@ def _matmul_share(work: StepWork, *, speed: float, constants: Efficiency) -> flo
 class BytesMoved:
     """Bytes that each rank sends in the collective operations of a step."""
 
-    of_all: float
-    """In those of all ranks."""
+    sharing: float
+    """In those of the ranks that divide the state: all, or a shard group."""
     in_groups: float
     """In those of a group of hpZ."""
+    between_groups: float
+    """In those of the ranks with the same shard, one of each shard group."""
 
 
 def bytes_moved(work: StepWork) -> BytesMoved:
@@ -213,15 +215,21 @@ def bytes_moved(work: StepWork) -> BytesMoved:
     the other 2μ - 1 passes of μ micro-batches gather within the group. At stage 3 a model of less than about 1e9
     parameters moves less, since DeepSpeed keeps weights between passes (`stage3_max_live_parameters`).
 
+    Where the ranks form shard groups, each of S ranks, all of this is among the S ranks of a group, and the
+    gradients of a rank's shard are summed over the groups by an all-reduce, once in a step.
+
     Source: ZeRO, arXiv 1910.02054, section 7; hpZ: ZeRO++, arXiv 2306.10209, section 3.2; the bytes of every stage
     are counted by tests/train/test_traffic.py.
     """
     micro_batches, group = work.num_micro_batches, work.hpz_partition_size
-    share = (work.world_size - 1) / work.world_size
+    sharing, groups = work.world_size // work.num_shard_groups, work.num_shard_groups
+    share = (sharing - 1) / sharing
+    between = 2 * (groups - 1) / groups * work.gradient_bytes / sharing
     if work.stage == 3 and group > 1:
         return BytesMoved(
-            of_all=share * (micro_batches * work.gradient_bytes + work.weight_bytes),
+            sharing=share * (micro_batches * work.gradient_bytes + work.weight_bytes),
             in_groups=(group - 1) / group * (2 * micro_batches - 1) * work.weight_bytes,
+            between_groups=between,
         )
     moved = {
         0: 2 * work.gradient_bytes,
@@ -229,7 +237,20 @@ def bytes_moved(work: StepWork) -> BytesMoved:
         2: 2 * micro_batches * work.gradient_bytes + work.weight_bytes,
         3: micro_batches * (work.gradient_bytes + 2 * work.weight_bytes),
     }[work.stage]
-    return BytesMoved(of_all=share * moved, in_groups=0.0)
+    return BytesMoved(sharing=share * moved, in_groups=0.0, between_groups=between)
+
+
+def _communication_s(work: StepWork, *, gpu: Gpu, interconnect: Interconnect, constants: Efficiency) -> float:
+    """Seconds of the collective operations of a step.
+
+    The ranks of a machine that are in one shard group sum their shards over the groups at the same time, each in a
+    ring of its own, so that they share the machine's network cards.
+    """
+    moved, sharing = bytes_moved(work), work.world_size // work.num_shard_groups
+    seconds = moved.sharing / _bandwidth(gpu, interconnect, sharing, constants)
+    seconds += moved.in_groups / _bandwidth(gpu, interconnect, work.hpz_partition_size, constants)
+    rings = min(sharing, interconnect.gpus_per_node)
+    return seconds + rings * moved.between_groups / _bandwidth(gpu, interconnect, work.world_size, constants)
 
 
 def _bandwidth(gpu: Gpu, interconnect: Interconnect, world_size: int, constants: Efficiency) -> float:

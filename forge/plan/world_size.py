@@ -1,8 +1,9 @@
-"""The part of a plan that depends on the number of workers: batch, memory, DeepSpeed's settings, groups of hpZ.
+"""The part of a plan that depends on the number of workers: batch, memory, DeepSpeed's settings, groups of ranks.
 
-hpZ needs a number of ranks that its group divides. At any other number of workers the plan takes the fastest, by
-the estimate of `forge.plan.throughput`, of: a smaller group, which divides both numbers; whole groups alone, which
-leaves the other workers without a rank; and no groups. Where no estimate is possible, it takes the smaller group.
+Groups need a number of ranks that their size divides. At any other number of workers the plan takes the fastest, by
+the estimate of `forge.plan.throughput`, of: groups of another size, smaller ones of hpZ (which divides both
+numbers), larger shard groups (the next divisor); whole groups alone, which leaves the other workers without a rank;
+and no groups. Where no estimate is possible, it takes the groups of another size.
 Gradients are quantised (qgZ) at whole machines only.
 
 A plan lists every number of workers of a short range, and of a long one about 16 of each doubling (`listed_sizes`).
@@ -10,10 +11,10 @@ A plan lists every number of workers of a short range, and of a long one about 1
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import partial, reduce
+from itertools import islice
 from typing import Any
 
 from forge.config.job import JobSpec
@@ -22,9 +23,18 @@ from forge.plan.cluster_links import cluster_links
 from forge.plan.deepspeed_config import deepspeed_config
 from forge.plan.gpus import find_gpu
 from forge.plan.inputs import HardwareInfo, ModelInfo, TeacherInfo
-from forge.plan.memory import MemoryEstimate, estimate_memory, num_copies_in_memory
+from forge.plan.memory import MemoryEstimate, estimate_memory
 from forge.plan.parameter_groups import OptimizerState
+from forge.plan.rank_groups import (
+    NO_GROUPS,
+    RankGroups,
+    asked_groups,
+    possible_hpz,
+    possible_shard_groups,
+    unit_of,
+)
 from forge.plan.sequence_parallel import split_batch
+from forge.plan.snapshot_memory import num_copies_in_memory
 from forge.plan.step_work import step_work_of_job
 from forge.plan.throughput import Interconnect, estimate_step
 from forge.units import Range
@@ -47,8 +57,9 @@ class WorldSizePlan:
     """Whether the memory estimate fits the worker's memory; None if that is unknown."""
     deepspeed: dict[str, Any]
     """DeepSpeed's configuration."""
-    hpz_partition_size: int = 1
-    """Workers in a group of hpZ; 1: no groups."""
+    groups: RankGroups = NO_GROUPS
+    node_group_size: int = 1
+    """Consecutive ranks that should be on one node."""
     num_spare: int = 0
     """Workers that a generation leaves without a rank if the cluster has room for so many workers, because the step
     of the others alone is estimated to be shorter."""
@@ -57,6 +68,16 @@ class WorldSizePlan:
     def num_ranks(self) -> int:
         """Ranks of a generation on a cluster with room for so many workers."""
         return self.batch.world_size - self.num_spare
+
+    @property
+    def shard_group_size(self) -> int:
+        """Ranks among which the state is divided, if its stage divides it."""
+        return self.batch.world_size // self.groups.num_shard_groups
+
+    @property
+    def group_size(self) -> int:
+        """Ranks in a group of either kind; 1: no groups."""
+        return self.shard_group_size if self.groups.num_shard_groups > 1 else self.groups.hpz_partition_size
 
 
 def listed_sizes(workers: Range) -> tuple[int, ...]:
@@ -95,24 +116,22 @@ def plan_world_size(
     Raises: PlanError if there are more workers than sequences in a batch.
     """
     links = links or cluster_links(None).interconnect
-    job_at = partial(with_quantized_gradients, job, gpus_per_node=links.gpus_per_node)
-    split = partial(_split, job_at, model=model, hardware=hardware, state=state, teacher=teacher)
-    plain = split(world_size=world_size)
-    wanted = job.training.zero.hpz_partition_size
+    zero = job.training.zero
     gpu = find_gpu(hardware.name) if hardware.device == "cuda" else None
-    if job.training.zero.stage != 3 or wanted == 1 or (wanted == "auto" and gpu is None):
-        return plain
-    size = links.gpus_per_node if wanted == "auto" else wanted
-    if world_size <= size or size == 1:  # one group of all ranks gathers as much as none
-        return plain
-    if wanted != "auto" and world_size % size == 0:
-        return split(world_size=world_size, hpz_partition_size=size)
-    common = math.gcd(size, world_size)
-    grouped = split(world_size=world_size, hpz_partition_size=common) if common > 1 else plain
-    if gpu is None:
-        return grouped
+    job_at = partial(with_quantized_gradients, job, gpus_per_node=links.gpus_per_node)
+    split = partial(
+        _split,
+        job_at,
+        model=model,
+        gpus_per_node=links.gpus_per_node,
+        hardware=hardware,
+        state=state,
+        teacher=teacher,
+    )
+    unit = unit_of(zero, gpus_per_node=links.gpus_per_node, can_choose=gpu is not None)
 
     def seconds(world: WorldSizePlan) -> float:
+        assert gpu is not None
         work = step_work_of_job(
             job_at(world_size=world.batch.world_size),
             model=model,
@@ -120,19 +139,30 @@ def plan_world_size(
             state=state,
             gpu=gpu,
             teacher=teacher,
-            hpz_partition_size=world.hpz_partition_size,
+            groups=world.groups,
         )
         return estimate_step(work, gpu=gpu, interconnect=links).total_s
 
-    best = grouped if _is_better(grouped, plain, seconds=seconds) else plain
-    whole = world_size - world_size % size
-    if whole == world_size or whole < job.resources.workers.low:
+    def best_at(size: int) -> WorldSizePlan:
+        plain = partial(split, world_size=size, groups=NO_GROUPS)
+        if unit == 1 or size <= unit:  # one group of all ranks is as good as none
+            return plain()
+        asked = asked_groups(zero, world_size=size)
+        if asked is not None:
+            return split(world_size=size, groups=asked)
+        hpz = possible_hpz(zero, world_size=size, unit=unit)
+        options = [split(world_size=size, groups=hpz)] if hpz is not None else []
+        found = possible_shard_groups(zero, world_size=size, unit=unit, can_choose=gpu is not None)
+        sharded = (split(world_size=size, groups=groups) for groups in found)
+        options += islice((world for world in sharded if world.fits is not False), 1)
+        if gpu is None:
+            return options[0] if options else plain()
+        return reduce(partial(_better, seconds=seconds), options, plain())
+
+    best, whole = best_at(world_size), world_size - world_size % unit
+    if gpu is None or whole in (0, world_size) or whole < job.resources.workers.low:
         return best
-    fewer = split(world_size=whole)
-    if whole > size:
-        groups = split(world_size=whole, hpz_partition_size=size)
-        fewer = groups if wanted != "auto" or _is_better(groups, fewer, seconds=seconds) else fewer
-    is_better = _is_better(fewer, best, seconds=seconds)
+    is_better = _better(best, fewer := best_at(whole), seconds=seconds) is fewer
     return replace(best, num_spare=world_size - whole) if is_better else best
 
 
@@ -151,11 +181,13 @@ def with_quantized_gradients(job: JobSpec, *, world_size: int, gpus_per_node: in
     return job.model_copy(update={"training": job.training.model_copy(update={"zero": zero})})
 
 
-def _is_better(one: WorldSizePlan, other: WorldSizePlan, *, seconds: Callable[[WorldSizePlan], float]) -> bool:
-    """Whether one fits and takes clearly shorter steps than the other, or fits and the other does not."""
+def _better(
+    one: WorldSizePlan, other: WorldSizePlan, *, seconds: Callable[[WorldSizePlan], float]
+) -> WorldSizePlan:
+    """Return the other if it fits and its steps are clearly shorter, or if it alone fits; else the one."""
     if one.fits is False or other.fits is False:
-        return one.fits is not False
-    return seconds(one) < (1 - LEAST_GAIN) * seconds(other)
+        return other if other.fits is not False else one
+    return other if seconds(other) < (1 - LEAST_GAIN) * seconds(one) else one
 
 
 def _split(
@@ -166,9 +198,10 @@ def _split(
     world_size: int,
     state: OptimizerState,
     teacher: TeacherInfo | None,
-    hpz_partition_size: int = 1,
+    groups: RankGroups,
+    gpus_per_node: int,
 ) -> WorldSizePlan:
-    """Plan one number of workers with a given group of hpZ."""
+    """Plan one number of workers with given groups."""
     job = job_at(world_size=world_size)
     estimate = partial(
         estimate_memory,
@@ -182,7 +215,7 @@ def _split(
         has_standby=job.resources.engine == "elastic",
         teacher=teacher,
         holds_reference=job.holds_reference,
-        hpz_partition_size=hpz_partition_size,
+        groups=groups,
     )
     batch = split_batch(job, model, estimate=estimate, world_size=world_size, memory_bytes=hardware.memory_bytes)
     need = estimate(micro_batch_size=batch.micro_batch_size, sequence_parallel_size=batch.sequence_parallel_size)
@@ -190,6 +223,9 @@ def _split(
         batch=batch,
         memory=need,
         fits=None if hardware.memory_bytes is None else need.fits(hardware.memory_bytes),
-        deepspeed=deepspeed_config(job.training, batch, hpz_partition_size=hpz_partition_size),
-        hpz_partition_size=hpz_partition_size,
+        deepspeed=deepspeed_config(job.training, batch, groups=groups),
+        groups=groups,
+        node_group_size=groups.hpz_partition_size
+        if groups.num_shard_groups == 1
+        else min(world_size // groups.num_shard_groups, gpus_per_node),
     )

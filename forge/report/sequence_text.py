@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from forge.plan.memory import MemoryEstimate, estimate_memory, num_copies_in_memory
+from forge.plan.memory import MemoryEstimate, estimate_memory
 from forge.plan.parameter_groups import groups_of, optimizer_state
 from forge.plan.plan import DraftPlan
 from forge.plan.sequence_parallel import longest_sequences, possible_degrees
+from forge.plan.snapshot_memory import num_copies_in_memory
 
 
 def sequence_facts(plan: DraftPlan) -> list[tuple[str, str]]:

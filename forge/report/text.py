@@ -18,7 +18,7 @@ from forge.plan.mixture import epoch_sequences
 from forge.plan.plan import DraftPlan, Plan
 from forge.report.data_view import corpus_facts, view_facts
 from forge.report.forecast_text import forecast_facts
-from forge.report.hpz_text import hpz_facts
+from forge.report.groups_text import group_facts
 from forge.report.optimizer_text import optimizer_facts
 from forge.report.score_text import score_text, tasks_text
 from forge.report.sequence_text import sequence_facts
@@ -76,7 +76,7 @@ def plan_facts(plan: DraftPlan) -> list[tuple[str, str]]:
          f"({said('training.schedule.kind', training.schedule.kind)}, "
          f"{said('training.schedule.warmup', plan.schedule_steps.warmup)} "
          f"{'step' if plan.schedule_steps.warmup == 1 else 'steps'} of warm-up)"),
-        *hpz_facts(plan),
+        *group_facts(plan),
         *optimizer_facts(plan), *sequence_facts(plan), *speed_facts(plan),
         ("arithmetic", f"{format_count(plan.flops_per_token)}FLOP per token, "
          f"{format_count(total_flops)}FLOP in all"),

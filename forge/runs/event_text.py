@@ -119,7 +119,11 @@ def describe_start(event: Mapping[str, Any]) -> str:
     if event.get("num_spare"):
         text += f"; {workers(event['num_spare'])} spare: whole groups are faster"
     if split := event.get("num_split_groups"):
-        text += f"; {split} group{'' if split == 1 else 's'} of hpZ on several nodes, which gathers more slowly"
+        text += f"; {split} group{'' if split == 1 else 's'} on several nodes, which gathers more slowly"
+    if (groups := event.get("num_shard_groups", 1)) > 1:
+        text += f"; {groups} groups each hold the whole state"
+        is_replica = event.get("parts_per_shard")
+        text += ", which replaces replicas" if is_replica else ", on too few nodes to be replicas"
     return text
 
 

@@ -17,7 +17,7 @@ from forge.data.mixture import mix
 from forge.data.prepare import PrepareProgress
 from forge.objective.registry import OBJECTIVES
 from forge.plan.inputs import CorpusInfo, ModelInfo, TeacherInfo
-from forge.plan.memory import WEIGHT_BYTES
+from forge.plan.snapshot_memory import WEIGHT_BYTES
 from forge.runtime.torch_subprocess import stored_outputs
 from forge.units import format_bytes
 

@@ -156,5 +156,5 @@ def _summed(values: list[Tensor], layout: FlatLayout) -> list[Tensor]:
     if layout.is_whole:
         return values
     flat = torch.cat(values).to(layout.device)
-    dist.all_reduce(flat)
+    dist.all_reduce(flat, group=layout.group)
     return list(torch.split(flat.to(values[0].device), [len(one) for one in values]))

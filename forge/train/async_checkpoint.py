@@ -112,6 +112,7 @@ class AsyncCheckpointer:
         self._token, self._num_begun = token[0], 0
         self._snapshotter = snapshotter or Snapshotter(state)
         self._is_shared = snapshotter is not None
+        self._piece = self._snapshotter.pieces[0]
         self._process: _WriterProcess | None = None
         if not self._is_shared:  # its start allocates the pages of the buffer meanwhile
             self._process = self._writer
@@ -141,6 +142,9 @@ class AsyncCheckpointer:
         self._num_begun += 1
         token = f"{self._token}{self._num_begun:04x}"
         pending = self._pending[token] = PendingCheckpoint(step=progress.step, began=time.time(), is_best=is_best)
+        if not self._piece.is_written:  # by other ranks, which have the same values
+            pending.snapshot, pending.has_part = self._snapshotter.begin(progress), True
+            return
         state = ""
         if self._rank == 0:
             state = state_bytes(progress, self._state.shape, unacked_metrics=self._unacked_metrics()).decode()
@@ -156,8 +160,8 @@ class AsyncCheckpointer:
                         url=self.url,
                         step=progress.step,
                         slot=snapshot.slot,
-                        rank=self._rank,
-                        world_size=self._world_size,
+                        rank=self._piece.number,
+                        world_size=self._piece.num_pieces,
                         token=token,
                         keep=self._keep,
                         keep_best=self._keep_best,

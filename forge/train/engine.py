@@ -52,6 +52,7 @@ from forge.train.metrics import peak_memory_gib
 from forge.train.optimizer import build_optimizer
 from forge.train.row_seeds import row_seeds
 from forge.train.sequence_parallel import SequenceParallel
+from forge.train.shard_groups import ShardGroups
 from forge.train.state import TrainState
 from forge.train.zero3 import gather_whole_modules, sharding_of
 
@@ -110,20 +111,24 @@ class Engine:
         dropout: SampleDropout | None = None,
         base: BaseWeights | None = None,
         sequence: SequenceParallel | None = None,
+        groups: ShardGroups | None = None,
     ) -> None:
         """Args:
         engine: what `deepspeed.initialize` returned, around an `ObjectiveModule`.
         dropout: gets the positions of every micro-batch, where the model has any dropout.
         base: the pretrained weights that frozen parameters refer to.
         sequence: splits each sequence over ranks, if they share any.
+        groups: the groups that each hold the whole state, if there are several.
         """
         self._engine = engine
         self._module: ObjectiveModule = engine.module
         self.metric_directions = self._module.objective.metric_directions
         self._dropout = dropout
         self._sequence = sequence
+        self._groups = groups
         self._training = training
-        self.state = TrainState(engine, keep_average=training.ema is not None, base=base)
+        num_groups = 1 if groups is None else groups.num_groups
+        self.state = TrainState(engine, keep_average=training.ema is not None, base=base, num_groups=num_groups)
         self.device: torch.device = engine.device
         self.before_update: Callable[[], None] = lambda: None
         """Called before the training state changes."""
@@ -180,6 +185,8 @@ class Engine:
             own_norm = None
             if engine.is_gradient_accumulation_boundary():
                 self.before_update()
+                if self._groups is not None:
+                    self._groups.sum_gradients(engine)
                 own_norm = self._clip_by_hand()
             engine.step()
             self.on_progress()
@@ -187,11 +194,13 @@ class Engine:
             self.state.update_average(decay=self._training.ema.decay, step=step)
         norm = engine.get_global_grad_norm() if own_norm is None else own_norm
         grad_norm = float("nan" if norm is None else norm)
-        figures = (peak_memory_gib(self.device), snapshot_cost_s())
+        figures = (peak_memory_gib(self.device), snapshot_cost_s(), *([grad_norm] if self._groups else []))
         shared = self._all_reduce(sums, figures=figures, requests=requests())
         self.own_time.end_step()
         self.on_progress()
         self._check_weight(shared.weight, total_weight=total_weight, step=step)
+        if self._groups is not None:
+            self._groups.compare_norms(shared.grad_norms, step=step)
         mean, means = shared.loss_sum / total_weight, shared.means
         if math.isfinite(mean):
             means = derived_metrics(self._module.objective, means | {"loss": mean}, counts=shared.counts)
@@ -287,26 +296,27 @@ class Engine:
         limit = self._training.optimizer.grad_clip or float("inf")
         return float(nn.utils.clip_grad_norm_(self._engine.module.parameters(), limit))
 
-    def _all_reduce(self, sums: MetricSums, *, figures: tuple[float, float], requests: StepControl) -> _Shared:
+    def _all_reduce(self, sums: MetricSums, *, figures: tuple[float, ...], requests: StepControl) -> _Shared:
         """Reduce the sums, rank 0's flags, and one value per rank for each figure in one all-reduce."""
-        rank, world_size = self._engine.global_rank, self._engine.dp_world_size
+        rank, world_size = dist.get_rank(), dist.get_world_size()
         names = [field.name for field in fields(StepControl)]
         flags = [float(getattr(requests, name) and (rank == 0 or name == "save_failed")) for name in names]
-        memory, cost = [0.0] * world_size, [0.0] * world_size
-        memory[rank], cost[rank] = figures
-        own = torch.tensor([*flags, *memory, *cost], dtype=torch.float64, device=self.device)
-        shared = torch.cat([sums.values, own])
+        own = torch.zeros(len(flags) + len(figures) * world_size, dtype=torch.float64)
+        own[: len(flags)] = torch.tensor(flags)
+        own[len(flags) + rank :: world_size] = torch.tensor(figures, dtype=torch.float64)
+        shared = torch.cat([sums.values, own.to(self.device)])
         dist.all_reduce(shared)
         # The only wait of a step for a GPU.
         sums.values, rest = torch.split(shared.cpu(), [len(sums.values), len(own)])
-        flags, per_rank = rest[: len(names)].tolist(), rest[len(names) :].tolist()
+        flags, per_rank = rest[: len(names)].tolist(), rest[len(names) :].view(len(figures), world_size).tolist()
         return _Shared(
             loss_sum=sums.values[0].item(),
             weight=sums.values[1].item(),
             means=sums.means(),
             counts=sums.counts(),
-            memory_gib=per_rank[:world_size],
-            snapshot_cost_s=per_rank[world_size:],
+            memory_gib=per_rank[0],
+            snapshot_cost_s=per_rank[1],
+            grad_norms=per_rank[2] if len(per_rank) > 2 else [],
             flags=StepControl(**{name: value > 0 for name, value in zip(names, flags, strict=True)}),
         )
 
@@ -321,6 +331,8 @@ class _Shared:
     counts: dict[str, torch.Tensor]
     memory_gib: list[float]
     snapshot_cost_s: list[float]
+    grad_norms: list[float]
+    """Of every rank, with shard groups."""
     flags: StepControl
 
 
@@ -336,6 +348,7 @@ def build_engine(
     skip_init: bool = False,
     pins_base: bool = False,
     sequence_parallel_size: int = 1,
+    num_shard_groups: int = 1,
     attention: str | None = None,
 ) -> Engine:
     """Build the model, its loss and its optimizer, and pass them to DeepSpeed; collective.
@@ -348,9 +361,12 @@ def build_engine(
         pins_base: checkpoints name the pretrained weights even if they do not refer to any, since the objective
             compares with them.
         sequence_parallel_size: ranks that share each sequence.
+        num_shard_groups: groups of ranks that each hold the whole state.
         attention: transformers' `attn_implementation`; None: by device and length.
     """
     family = family_of(model_spec)
+    groups = ShardGroups.join(num_shard_groups)
+    deepspeed.utils.groups.mpu = None  # of an engine that was built before in this process
     model = family.build(
         model_spec,
         data,
@@ -359,14 +375,11 @@ def build_engine(
             device=device,
             seed=training.seed,
             skip_init=skip_init,
-            sharding=sharding_of(deepspeed_config) if training.zero.stage == 3 else None,
+            sharding=sharding_of(deepspeed_config, shard_groups=groups) if training.zero.stage == 3 else None,
             attention=attention,
         ),
     )
-    if training.activation_checkpointing:
-        is_selective = training.activation_checkpointing == "selective"
-        offloads = training.activation_offload and device.type == "cuda"
-        enable_checkpointing(model, is_selective=is_selective, offloads=offloads)
+    _checkpoint_activations(model, training, device=device)
     if training.fp8:
         use_fp8(model, device=device, stage=training.zero.stage, recomputes=bool(training.activation_checkpointing))
     sequence = SequenceParallel.of(model, sequence_parallel_size)
@@ -374,7 +387,7 @@ def build_engine(
         gather_whole_modules(model)
     module = ObjectiveModule(model, objective=objective)
     optimizer = build_optimizer(module, training.optimizer, device=device)
-    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=deepspeed_config)
+    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, mpu=groups, config=deepspeed_config)
     if isinstance(objective, _Chunked) and training.cross_entropy == "chunked" and has_linear_head:
         objective.use_chunks(model)
     part = None if sequence is None else (sequence.part, sequence_parallel_size)
@@ -382,17 +395,25 @@ def build_engine(
     if dropout is not None:
         dropout.install()
     if model_spec.from_pretrained is None:
-        return Engine(engine, training=training, dropout=dropout, sequence=sequence)
+        return Engine(engine, training=training, dropout=dropout, sequence=sequence, groups=groups)
     weights = family.open_pretrained(model_spec, data)
     if weights.unused and dist.get_rank() == 0:
         unused = f"tensors that the model does not have are not used: {some(weights.unused)}"
         sys.stderr.write(f"{model_spec.from_pretrained}: {unused}\n")
     pins_base = pins_base or any(not parameter.requires_grad for parameter in model.parameters())
     base = digest_base(weights.files) if pins_base else None
-    built = Engine(engine, training=training, dropout=dropout, base=base, sequence=sequence)
+    built = Engine(engine, training=training, dropout=dropout, base=base, sequence=sequence, groups=groups)
     built.state.load_base(weights)
     if not skip_init:
         source = model_spec.adapters_from
         first = initial_weights(weights, model, built.state.shape, seed=training.seed, adapters_from=source)
         built.state.load_weights(first)
     return built
+
+
+def _checkpoint_activations(model: nn.Module, training: TrainingSpec, *, device: torch.device) -> None:
+    """Have the model compute activations again in the backward pass, if the job says so."""
+    if training.activation_checkpointing:
+        is_selective = training.activation_checkpointing == "selective"
+        offloads = training.activation_offload and device.type == "cuda"
+        enable_checkpointing(model, is_selective=is_selective, offloads=offloads)

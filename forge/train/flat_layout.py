@@ -29,7 +29,7 @@ class FlatPiece:
     stop: int
     offset: int
     ranges: tuple[tuple[int, int], ...]
-    """`[start, stop)` of every rank."""
+    """`[start, stop)` of every rank of the layout's group."""
 
     @property
     def numel(self) -> int:
@@ -50,6 +50,8 @@ class FlatLayout:
     pieces: tuple[FlatPiece, ...]
     is_whole: bool
     """Whether every rank has all of it (ZeRO 0, or one rank)."""
+    group: Any
+    """Of torch.distributed: the ranks that have the other pieces."""
     device: torch.device
     """Where the ranks communicate; with offload the tensor itself is in host memory."""
 
@@ -60,9 +62,10 @@ def layouts_of(engine: Any, shards: Iterable[Shard]) -> list[FlatLayout]:
     shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in named_parameters(engine.module)}
     own = {shard.name: shard for shard in shards}
     every: list[dict[str, tuple[int, int]]] = [{}] * engine.dp_world_size
-    dist.all_gather_object(every, {name: (shard.start, shard.stop) for name, shard in own.items()})
+    group = engine.data_parallel_group
+    dist.all_gather_object(every, {name: (shard.start, shard.stop) for name, shard in own.items()}, group=group)
     layouts = []
-    for owner, group, names in _owners_of(engine):
+    for owner, settings, names in _owners_of(engine):
         pieces = tuple(
             FlatPiece(
                 name=name,
@@ -77,9 +80,10 @@ def layouts_of(engine: Any, shards: Iterable[Shard]) -> list[FlatLayout]:
         layouts.append(
             FlatLayout(
                 owner=owner,
-                algorithm=group["algorithm"],
+                algorithm=settings["algorithm"],
                 pieces=pieces,
                 is_whole=stage == 0 or len(every) == 1,
+                group=group,
                 device=engine.device,
             )
         )

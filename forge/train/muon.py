@@ -98,14 +98,14 @@ def newton_schulz(matrix: Tensor) -> Tensor:
 
 def _orthogonalise_shards(updates: Tensor, layout: FlatLayout) -> None:
     """Replace the shards of matrices by those of the orthogonalised ones; collective."""
-    rank, world_size = dist.get_rank(), dist.get_world_size()
+    rank, world_size = dist.get_rank(layout.group), dist.get_world_size(layout.group)
     by_rank = _assign(layout.pieces, world_size=world_size)
     own = [[piece.view(updates) for piece in pieces] for pieces in by_rank]
     mine = by_rank[rank]
     lengths = [
         [piece.ranges[source][1] - piece.ranges[source][0] for piece in mine] for source in range(world_size)
     ]
-    received = _exchange(own, [sum(numels) for numels in lengths], device=layout.device)
+    received = _exchange(own, [sum(numels) for numels in lengths], layout=layout)
     wholes = [torch.empty(piece.numel, dtype=_DTYPE, device=layout.device) for piece in mine]
     parts = [
         [whole[slice(*piece.ranges[source])] for whole, piece in zip(wholes, mine, strict=True)]
@@ -115,7 +115,7 @@ def _orthogonalise_shards(updates: Tensor, layout: FlatLayout) -> None:
         _fill(into, flat)
     for whole, piece in zip(wholes, mine, strict=True):
         whole.copy_(_orthogonalised(whole, piece).view(-1))
-    returned = _exchange(parts, [sum(view.numel() for view in views) for views in own], device=layout.device)
+    returned = _exchange(parts, [sum(view.numel() for view in views) for views in own], layout=layout)
     for flat, views in zip(returned, own, strict=True):
         _fill(views, flat)
 
@@ -131,18 +131,19 @@ def _assign(pieces: Iterable[FlatPiece], *, world_size: int) -> list[list[FlatPi
     return by_rank
 
 
-def _exchange(outgoing: list[list[Tensor]], sizes: list[int], *, device: torch.device) -> list[Tensor]:
+def _exchange(outgoing: list[list[Tensor]], sizes: list[int], *, layout: FlatLayout) -> list[Tensor]:
     """Send each rank a list of flat tensors. Returns: what each rank sent, `sizes` elements; collective."""
-    empty = torch.empty(0, dtype=_DTYPE, device=device)
-    flats = [torch.cat([empty, *(values.to(device) for values in each)]) for each in outgoing]
+    empty = torch.empty(0, dtype=_DTYPE, device=layout.device)
+    flats = [torch.cat([empty, *(values.to(layout.device) for values in each)]) for each in outgoing]
     sent = torch.cat(flats)
-    received = torch.empty(sum(sizes), dtype=_DTYPE, device=device)
+    received = torch.empty(sum(sizes), dtype=_DTYPE, device=layout.device)
     # As bytes, because not every backend sends bf16.
     dist.all_to_all_single(
         received.view(torch.uint8),
         sent.view(torch.uint8),
         output_split_sizes=[size * _DTYPE.itemsize for size in sizes],
         input_split_sizes=[flat.numel() * _DTYPE.itemsize for flat in flats],
+        group=layout.group,
     )
     return list(torch.split(received, sizes))
 

@@ -14,17 +14,17 @@ from typing import Any
 import torch
 
 from forge.checkpoint.snapshot_buffer import SnapshotBuffer
-from forge.train.state import TrainState
+from forge.train.state import SavedPart, TrainState
 
 _PORTABLE = 1
 """Page-locked for all CUDA contexts. Source: CUDA Runtime API, `cudaHostRegisterPortable`."""
 
 
 class SnapshotCopier:
-    """Copies the state of one rank; used by one thread at a time."""
+    """Copies a part of the state of one rank; used by one thread at a time."""
 
-    def __init__(self, state: TrainState, buffer: SnapshotBuffer) -> None:
-        self._state, self._buffer = state, buffer
+    def __init__(self, state: TrainState, buffer: SnapshotBuffer, *, part: SavedPart) -> None:
+        self._state, self._buffer, self._part = state, buffer, part
         self._on_gpu = state.device.type == "cuda"
         self._api: Any = torch.get_device_module(state.device)
         self._stream = self._api.Stream(device=state.device) if self._on_gpu else self._api.Stream()
@@ -36,7 +36,7 @@ class SnapshotCopier:
 
     def begin(self, slot: int) -> Any:
         """Copy the buffers, which a forward pass may change. Returns: a CUDA event, for `copy`."""
-        self._state.copy_to(self._buffer.begin(slot), buffers=True)
+        self._state.copy_to(self._buffer.begin(slot), part=self._part, buffers=True)
         return self._api.current_stream(self._state.device).record_event()
 
     def copy(self, slot: int, *, after: Any) -> None:
@@ -51,7 +51,7 @@ class SnapshotCopier:
             self._lock(slot, data)
         self._stream.wait_event(after)
         with self._api.stream(self._stream):
-            self._state.copy_to(data, buffers=False)
+            self._state.copy_to(data, part=self._part, buffers=False)
         self._copied = self._stream.record_event()
 
     def wait(self) -> None:

@@ -3,7 +3,8 @@
 Only an update changes the state (except buffers, which are copied at once), so `begin` returns immediately, a
 thread copies, and `settle`, called before every update, waits for the rest; on a GPU it is the GPU that waits
 (`forge.train.snapshot_copy`). Training pays only for that wait. A `ReplicaClient` keeps snapshots beyond the life
-of the rank, on this machine and on another; without one they serve checkpoints only.
+of the rank, on this machine and on another; without one they serve checkpoints only. Which parts of the
+state a rank copies says `forge.train.snapshot_pieces`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any, Protocol
 from forge.checkpoint.manifest import Progress, base_record, shape_record
 from forge.checkpoint.snapshot_buffer import NUM_SLOTS, SnapshotBuffer, create_snapshot_buffer
 from forge.train.snapshot_copy import SnapshotCopier
+from forge.train.snapshot_pieces import pieces_of
 from forge.train.state import TrainState
 
 # A state of at most this size is copied faster than a thread starts.
@@ -26,8 +28,12 @@ _SMALL_BYTES = 4 * 2**20
 class ReplicaClient(Protocol):
     """Replicates a rank's snapshots to processes that outlive it."""
 
-    def register(self, snapshot: SnapshotBuffer) -> None:
-        """Register the shared memory, before the first snapshot."""
+    def register(self, snapshot: SnapshotBuffer, *, piece: int, num_pieces: int, is_sent: bool) -> None:
+        """Register the shared memory of a piece, before the first snapshot.
+
+        Args:
+            is_sent: whether its replica is to be sent to another node, since no other rank has the values.
+        """
 
     def metadata(self) -> Mapping[str, Any]:
         """Return JSON to store with a snapshot taken now."""
@@ -47,7 +53,8 @@ class PendingSnapshot:
     """A snapshot that is being taken."""
 
     step: int
-    slot: int
+    slots: tuple[int, ...]
+    """In the buffer of each piece."""
     stall_s: float = 0.0
     """How long training has waited for it."""
     failure: str | None = None
@@ -55,19 +62,42 @@ class PendingSnapshot:
     """On a GPU: that the copy is queued."""
     thread: threading.Thread | None = None
 
+    @property
+    def slot(self) -> int:
+        """In the buffer of the first piece."""
+        return self.slots[0]
+
 
 class Snapshotter:
     """Takes the snapshots of one rank."""
 
-    def __init__(self, state: TrainState, *, replica_client: ReplicaClient | None = None) -> None:
+    def __init__(
+        self, state: TrainState, *, replica_client: ReplicaClient | None = None, parts_per_shard: int = 0
+    ) -> None:
+        """Args:
+        parts_per_shard: see `forge.train.snapshot_pieces`.
+        """
         self._state, self._replica_client = state, replica_client
-        self.buffer = create_snapshot_buffer(state.layout, about={"shape": shape_record(state.shape)})
-        self._copier = SnapshotCopier(state, self.buffer)
+        self.pieces = pieces_of(state, parts_per_shard=parts_per_shard)
+        about = {"shape": shape_record(state.shape)}
+        self._buffers = [create_snapshot_buffer(piece.part.layout, about=about) for piece in self.pieces]
+        self._copiers = [
+            SnapshotCopier(state, buffer, part=piece.part)
+            for buffer, piece in zip(self._buffers, self.pieces, strict=True)
+        ]
         self._pending: PendingSnapshot | None = None
         self._pinned: set[int] = set()
         self._cpu_s = self._counted_cpu_s = self._stall_s = 0.0
         if replica_client is not None:
-            replica_client.register(self.buffer)
+            for buffer, piece in zip(self._buffers, self.pieces, strict=True):
+                replica_client.register(
+                    buffer, piece=piece.number, num_pieces=piece.num_pieces, is_sent=piece.is_sent
+                )
+
+    @property
+    def buffer(self) -> SnapshotBuffer:
+        """The memory of the first piece, the only one that is written to checkpoints."""
+        return self._buffers[0]
 
     def begin(
         self,
@@ -86,14 +116,16 @@ class Snapshotter:
         """
         began = time.monotonic()
         self.finish()
-        pending = self._pending = PendingSnapshot(step=progress.step, slot=self._free_slot())
+        pending = self._pending = PendingSnapshot(step=progress.step, slots=self._free_slots())
         if is_pinned:
             self._pinned.add(pending.slot)
         base = self._state.shape.base
         metadata = {"progress": asdict(progress)} | ({"base": base_record(base)} if base is not None else {})
         metadata |= dict(self._replica_client.metadata() if self._replica_client else {})
-        arguments = (pending, metadata, self._copier.begin(pending.slot), on_done)
-        is_small = self._state.layout.size_bytes <= _SMALL_BYTES and self._state.device.type == "cpu"
+        events = [copier.begin(slot) for copier, slot in zip(self._copiers, pending.slots, strict=True)]
+        arguments = (pending, metadata, events, on_done)
+        size_bytes = sum(piece.part.layout.size_bytes for piece in self.pieces)
+        is_small = size_bytes <= _SMALL_BYTES and self._state.device.type == "cpu"
         if is_small and on_done is None:  # a callback may block, so it needs a thread
             self._copy(*arguments)
         else:
@@ -110,7 +142,8 @@ class Snapshotter:
             began = time.monotonic()
             self._pending.is_copied.wait()
             self._count_stall(self._pending, began)
-        self._copier.hold_update()
+        for copier in self._copiers:
+            copier.hold_update()
 
     def join(self) -> None:
         """Wait until the last snapshot is complete and published."""
@@ -129,7 +162,7 @@ class Snapshotter:
 
     def take_cost_s(self) -> float:
         """Return the cost of snapshots since the last call, in seconds: waiting, and on CPU also the CPU time."""
-        held_s = self._copier.take_held_s()
+        held_s = sum(copier.take_held_s() for copier in self._copiers)
         if self._pending is not None:
             self._pending.stall_s += held_s
         cost_s, self._stall_s = self._stall_s + held_s, 0.0
@@ -142,8 +175,18 @@ class Snapshotter:
     def close(self) -> None:
         """Close the memory, which is freed unless another process has it open."""
         self.join()
-        self._copier.close()
-        self.buffer.close()
+        for copier in self._copiers:
+            copier.close()
+        for buffer in self._buffers:
+            buffer.close()
+
+    def _free_slots(self) -> tuple[int, ...]:
+        """Return a free slot of each buffer; only the first one has pinned slots."""
+        slots = [self._free_slot()]
+        for buffer in self._buffers[1:]:
+            newest = next((snapshot.slot for snapshot in buffer.snapshots()), None)
+            slots.append(next(slot for slot in range(2) if slot != newest))
+        return tuple(slots)
 
     def _free_slot(self) -> int:
         """Return a slot that is neither pinned nor the newest complete one; without replicas, any unpinned slot."""
@@ -157,15 +200,18 @@ class Snapshotter:
         self,
         pending: PendingSnapshot,
         metadata: dict[str, Any],
-        event: Any,
+        events: list[Any],
         on_done: Callable[[PendingSnapshot], None] | None,
     ) -> None:
         began_s = time.thread_time()
         try:
-            self._copier.copy(pending.slot, after=event)
+            for copier, slot, event in zip(self._copiers, pending.slots, events, strict=True):
+                copier.copy(slot, after=event)
             pending.is_copied.set()  # training continues
-            self._copier.wait()
-            self.buffer.commit(pending.slot, step=pending.step, state=metadata)
+            for copier in self._copiers:
+                copier.wait()
+            for buffer, slot in reversed(list(zip(self._buffers, pending.slots, strict=True))):
+                buffer.commit(slot, step=pending.step, state=metadata)
             if self._replica_client is not None:
                 self._replica_client.publish(step=pending.step, slot=pending.slot)
         except Exception as error:  # would otherwise be lost in the thread

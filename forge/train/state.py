@@ -13,19 +13,22 @@ therefore checks the sizes and types it found, and its error names the release i
     ZeRO 3       one flat fp32 vector per sub-group and rank; `grad_position` locates a parameter in it;
                  a frozen parameter's share is its `ds_tensor`
     hpZ          as ZeRO 3; `ds_secondary_tensor`, the rank's share of its group's copy of the weights, is no state
+    groups       as the stage, over the ranks of a shard group
     offload      the same vectors, in host memory
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import deepspeed
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from forge.checkpoint.intervals import Interval, pack
+from forge.checkpoint.intervals import Interval, Layout, pack
 from forge.checkpoint.manifest import BaseWeights
 from forge.errors import CheckpointError
 from forge.train.flat_layout import layouts_of
@@ -56,17 +59,32 @@ class WeightSource(Protocol):
         """Fill a flat tensor with elements from `start` on, converted to its type. Raises: OSError, EOFError."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class SavedPart:
+    """A part of the state that a rank copies to host memory."""
+
+    layout: Layout
+    """Of a snapshot: the intervals of the part."""
+    sources: tuple[tuple[Shard, str, int], ...]
+    """Each interval's shard, kind, and offset in the snapshot in bytes."""
+
+
 class TrainState:
     """Read and write access to a DeepSpeed engine's training state, shard by shard."""
 
-    def __init__(self, engine: Any, *, keep_average: bool, base: BaseWeights | None = None) -> None:
+    def __init__(
+        self, engine: Any, *, keep_average: bool, base: BaseWeights | None = None, num_groups: int = 1
+    ) -> None:
         """Args:
         engine: the DeepSpeed engine, right after `deepspeed.initialize`.
         keep_average: keep an exponential moving average beside the master weights.
         base: the pretrained weights that parameters which are not trained are read from by `load_base`; snapshots
             and checkpoints do not contain them. None: the parameters are stored as kind `frozen`.
+        num_groups: groups of ranks that each hold the whole state.
         """
-        self._engine = engine
+        self._engine, self.rank, self.num_groups = engine, dist.get_rank(), num_groups
+        self.shard_group_size = dist.get_world_size() // num_groups
+        """Ranks among which the state is divided."""
         self._torch_optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
         trained = shards_of(engine)
         layouts = layouts_of(engine, trained)
@@ -83,15 +101,8 @@ class TrainState:
         """Shards this rank loads from a checkpoint."""
         self.base_shards = [shard for shard in constants if shard.constant == "base"]
         """Shards this rank loads from the base weights."""
-        self.claims = [_claim(shard, engine) for shard in self.shards]
-        """Shards this rank saves: over all ranks, every element once."""
         self._owners = list({id(shard.owner): shard.owner for shard in trained}.values())
         self._averages = {id(owner): owner.detach().clone() for owner in self._owners} if keep_average else {}
-        saved = [(shard, kind) for shard in self.claims for kind in self.kinds_of(shard)]
-        by_key = {(shard.name, kind): (shard, kind) for shard, kind in saved}
-        self.layout = pack(self.interval(shard, kind) for shard, kind in saved)
-        """Layout of a snapshot: the intervals this rank saves."""
-        self._sources = [(*by_key[interval.name, interval.kind], at) for interval, at in self.layout.with_offsets()]
         self.shape = shape_of(engine, base=base)
         """The tensors of the model; equal on every rank."""
 
@@ -100,6 +111,38 @@ class TrainState:
         """Where the ranks compute."""
         device: torch.device = self._engine.device
         return device
+
+    def part(self, number: int, *, of: int, has_buffers: bool) -> SavedPart:
+        """Return one of several parts of what this rank holds.
+
+        Args:
+            number: of the part, from 0.
+            has_buffers: with the buffers, which may differ between ranks, so that rank 0 alone saves its own.
+        """
+        shards = [self._divided(shard, number=number, of=of) for shard in self.shards if shard.constant != "buffer"]
+        return self._saved(shards + (self._buffers() if has_buffers else []))
+
+    def buffers_part(self) -> SavedPart:
+        """Return the part of the buffers alone."""
+        return self._saved(self._buffers())
+
+    def _saved(self, shards: list[Shard]) -> SavedPart:
+        saved = {(shard.name, kind): (shard, kind) for shard in shards for kind in self.kinds_of(shard)}
+        layout = pack(self.interval(*pair) for pair in saved.values())
+        offsets = ((saved[interval.name, interval.kind], at) for interval, at in layout.with_offsets())
+        return SavedPart(layout=layout, sources=tuple((*pair, at) for pair, at in offsets))
+
+    def _buffers(self) -> list[Shard]:
+        return [shard for shard in self.shards if shard.constant == "buffer"]
+
+    def _divided(self, shard: Shard, *, number: int, of: int) -> Shard:
+        """Return one part of a shard; of a tensor that all ranks of a group have whole, one for each of them."""
+        stage = self._engine.zero_optimization_stage()
+        if stage == 0 or shard.is_replicated or (stage < 3 and shard.constant is not None):
+            rank = dist.get_rank(self._engine.data_parallel_group)
+            number, of = rank * of + number, self.shard_group_size * of
+        size = shard.stop - shard.start
+        return shard.narrow(shard.start + number * size // of, shard.start + (number + 1) * size // of)
 
     def kinds_of(self, shard: Shard) -> tuple[str, ...]:
         """Return the kinds of a shard in this run."""
@@ -122,14 +165,14 @@ class TrainState:
         return shard.view(self._torch_optimizer.state[shard.owner][kind])
 
     @torch.no_grad()
-    def copy_to(self, memory: memoryview, *, buffers: bool) -> None:
-        """Copy the shards this rank claims to host memory, in the order of `layout`; those of a GPU asynchronously
-        in the current stream, if the memory is page-locked.
+    def copy_to(self, memory: memoryview, *, part: SavedPart, buffers: bool) -> None:
+        """Copy a part to host memory, in the order of its layout; of a GPU asynchronously in the current stream, if
+        the memory is page-locked.
 
         Args:
             buffers: True: copy only buffers, which a forward pass may change; False: copy everything else.
         """
-        for shard, kind, at in self._sources:
+        for shard, kind, at in part.sources:
             if (kind == "buffer") == buffers:
                 source = self.tensor(shard, kind)
                 torch.frombuffer(memory, dtype=source.dtype, count=source.numel(), offset=at).copy_(
@@ -279,7 +322,7 @@ def _constants(engine: Any, *, frozen: str) -> Iterator[Shard]:
     Args:
         frozen: the kind of parameters: `frozen` or `base`.
     """
-    divided, rank = engine.zero_optimization_stage() == 3, engine.global_rank
+    divided, rank = engine.zero_optimization_stage() == 3, dist.get_rank(engine.data_parallel_group)
     named: list[tuple[str, Any]] = list(named_parameters(engine.module))
     for name, parameter in named:
         # What is quantised has its values already.
@@ -295,17 +338,6 @@ def _constants(engine: Any, *, frozen: str) -> Iterator[Shard]:
             yield Shard(name=name, start=start, stop=stop, owner=owner, offset=0, constant=frozen)
     for name, buffer in named_buffers(engine.module):
         yield Shard(name=name, start=0, stop=buffer.numel(), owner=buffer, offset=0, constant="buffer")
-
-
-def _claim(shard: Shard, engine: Any) -> Shard:
-    """Return the part of a shard that this rank saves: all of it, or 1/W if every rank has the whole tensor."""
-    stage = engine.zero_optimization_stage()
-    if shard.constant == "buffer":  # may differ between ranks; rank 0's is saved
-        return shard if engine.global_rank == 0 else shard.narrow(0, 0)
-    if stage == 0 or shard.is_replicated or (stage < 3 and shard.constant is not None):
-        world, rank, size = engine.dp_world_size, engine.global_rank, shard.stop
-        return shard.narrow(rank * size // world, (rank + 1) * size // world)
-    return shard
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
@@ -336,7 +368,7 @@ def _flattened(engine: Any, named: list[tuple[str, Any]]) -> Iterator[Shard]:
 
 
 def _partitioned(engine: Any, named: list[tuple[str, Any]]) -> Iterator[Shard]:
-    optimizer, rank = engine.optimizer, engine.global_rank
+    optimizer, rank = engine.optimizer, dist.get_rank(engine.data_parallel_group)
     for name, parameter in named:
         group, offset, _ = optimizer.grad_position[optimizer.get_param_id(parameter)]
         start = rank * parameter.partition_numel()

@@ -96,6 +96,8 @@ class ElasticContext:
 
     replica_client: ReplicaClient
     state_source: StateSource | None = None
+    parts_per_shard: int = 0
+    """See `forge.train.snapshot_pieces`."""
     checkpoint_risk: CheckpointRisk | None = None
     """With `checkpoint.every: auto`, what the run has measured."""
     on_progress: Callable[[], None] = lambda: None
@@ -195,7 +197,9 @@ def _use_device(context: WorkerContext, *, clock: Stopwatch) -> torch.device:
 def _snapshot_policy(engine: Engine, plan: Plan, elastic: ElasticContext) -> SnapshotPolicy:
     every = plan.job.checkpoint.snapshot_every
     return SnapshotPolicy(
-        snapshotter=Snapshotter(engine.state, replica_client=elastic.replica_client),
+        snapshotter=Snapshotter(
+            engine.state, replica_client=elastic.replica_client, parts_per_shard=elastic.parts_per_shard
+        ),
         interval=SnapshotInterval(fixed=None if every == "auto" else every),
     )
 
@@ -251,6 +255,7 @@ def _build(
         plan.job.training,
         deepspeed_config=world.deepspeed,
         sequence_parallel_size=world.batch.sequence_parallel_size,
+        num_shard_groups=world.groups.num_shard_groups,
         data=DataShape.of(plan),
         objective=build_objective(
             plan.job.training.objective, context=_objective_context(plan, device=device, attention=attention)

@@ -19,13 +19,20 @@ from torch import nn
 
 from forge.model.adapters import modules_reading_weights
 from forge.model.families.base import Sharding
+from forge.train.shard_groups import ShardGroups
 
 
-def sharding_of(deepspeed_config: Mapping[str, Any]) -> Sharding:
-    """Return how a model is divided as soon as it is built; collective."""
+def sharding_of(deepspeed_config: Mapping[str, Any], *, shard_groups: ShardGroups | None = None) -> Sharding:
+    """Return how a model is divided as soon as it is built; collective.
+
+    Args:
+        shard_groups: the groups that each divide the whole model, if there are several.
+    """
     init = partial(
         deepspeed.zero.Init,
+        data_parallel_group=None if shard_groups is None else shard_groups.group,
         config_dict_or_path=deepspeed_config,
+        mpu=shard_groups,
         zero_param_parallel_group=use_hpz_group(deepspeed_config),
     )
     return Sharding(

@@ -100,7 +100,7 @@ class TestSupervisor:
             step=step,
             source={
                 "generation": parts[0]["generation"],
-                "numbers": pack([0, *(1 for _ in parts[1:])]),
+                "lists": [pack([0, *(1 for _ in parts[1:])])],
                 "first": 0,
                 "endpoints": pack([[number, *part["endpoint"]] for number, part in enumerate(parts)]),
             }
@@ -109,6 +109,9 @@ class TestSupervisor:
             laps={},
             checkpoint_risk=None,
             is_stopping=False,
+            number=0,
+            num_shard_groups=1,
+            parts_per_shard=0,
         )
         await self.expect("rendezvous")
         forked = [await self.expect("forked", generation=self.generation, rank=rank) for rank in range(world_size)]

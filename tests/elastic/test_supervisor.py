@@ -330,15 +330,18 @@ class StartGroup:
 
     def start(self, *, from_nodes: Sequence[str], on: Sequence[str] = ()) -> dict[str, Message]:
         """Start a rank on each node, from snapshots of ranks 0, 1, ... on these nodes."""
-        size = len(from_nodes)
-        rank_of = {name: rank for rank, name in enumerate(from_nodes)}
+        return self.start_from([[name] for name in from_nodes], on=on)
+
+    def start_from(self, held: Sequence[Sequence[str]], *, on: Sequence[str] = ()) -> dict[str, Message]:
+        """Start a rank on each node, from snapshots 0, 1, ..., each on several nodes."""
+        size = len(held)
         nodes = {
             name: MemberNode(
                 num_slots=1,
                 replicas=frozenset(
-                    {ReplicaLocation(generation=4, rank=rank_of[name], world_size=size, step=9)}
-                    if name in rank_of
-                    else ()
+                    ReplicaLocation(generation=4, rank=rank, world_size=size, step=9)
+                    for rank, names in enumerate(held)
+                    if name in names
                 ),
             )
             for name in self.connections

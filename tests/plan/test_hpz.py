@@ -19,6 +19,7 @@ from forge.plan.machines import interconnect
 from forge.plan.memory import estimate_memory
 from forge.plan.parameter_groups import OptimizerState
 from forge.plan.plan import Plan, make_plan, plan_from_json, plan_to_json
+from forge.plan.rank_groups import RankGroups
 from forge.plan.throughput import Interconnect, StepWork, bytes_moved, estimate_step
 from forge.report.text import plan_facts
 from tests.support.jobs import CPU, UNPREPARED, tiny_facts, tiny_job
@@ -43,7 +44,7 @@ def planned(
     model: ModelInfo = LARGE,
     **changes: Any,
 ) -> Plan:
-    zero = {"stage": 3, "hpz_partition_size": size} | changes.pop("zero", {})
+    zero = {"stage": 3, "hpz_partition_size": size, "shard_group_size": "all"} | changes.pop("zero", {})
     keys = {"training__global_batch_size": 64, "training__total_steps": 10} | changes
     if hardware.device == "cuda":
         keys["resources__gpu"] = "auto"
@@ -55,7 +56,7 @@ def test_by_world_size__unlisted_size__is_planned_with_the_links_of_the_plan() -
     keys = {"training__global_batch_size": 16_384}
     made, full = planned(workers="1..10000", **keys), planned(workers="1800..2010", **keys)
     read = plan_from_json(plan_to_json(made))
-    for number in (lambda world: world.hpz_partition_size, lambda world: world.num_spare):
+    for number in (lambda world: world.groups.hpz_partition_size, lambda world: world.num_spare):
         found = ByWorldSize(read, number=number)
         expected = {world.batch.world_size: number(world) for world in full.worlds[190:]}
         assert {size: found.get(size, 0) for size in expected} == expected
@@ -63,7 +64,7 @@ def test_by_world_size__unlisted_size__is_planned_with_the_links_of_the_plan() -
 
 
 def groups(plan: Plan) -> dict[int, int]:
-    return {world.batch.world_size: world.hpz_partition_size for world in plan.worlds}
+    return {world.batch.world_size: world.groups.hpz_partition_size for world in plan.worlds}
 
 
 def test_auto__several_machines__gpus_of_a_machine() -> None:
@@ -79,12 +80,12 @@ def test_auto__several_machines__gpus_of_a_machine() -> None:
 def test_auto__odd_numbers__smaller_groups_or_spare_workers() -> None:
     plan = planned()
     for world in plan.worlds:
-        assert world.batch.world_size % world.hpz_partition_size == 0
+        assert world.batch.world_size % world.groups.hpz_partition_size == 0
         assert world.num_ranks >= 1
         if world.num_spare:
             assert world.num_ranks % 8 == 0
     assert plan.for_world_size(17).num_ranks == 16  # prime: whole machines, or no groups
-    assert plan.for_world_size(28).hpz_partition_size == 4
+    assert plan.for_world_size(28).groups.hpz_partition_size == 4
 
 
 def test_auto__minimum_above_whole_machines__no_spare_worker() -> None:
@@ -123,7 +124,8 @@ def test_memory__second_copy__weights_divided_by_the_group() -> None:
         "world_size": 16, "micro_batch_size": 1, "seq_len": 16, "is_on_host": False,
         "state": OptimizerState(sharded_bytes=8 * LARGE.num_parameters, replicated_bytes=0),
     }  # fmt: skip
-    plain, grouped = (estimate_memory(LARGE, job.training, **given, hpz_partition_size=n) for n in (1, 8))
+    both = (RankGroups(), RankGroups(hpz_partition_size=8))
+    plain, grouped = (estimate_memory(LARGE, job.training, **given, groups=groups) for groups in both)
     assert grouped.weights_bytes - plain.weights_bytes == 2 * LARGE.num_parameters // 8
     assert grouped.optimizer_bytes == plain.optimizer_bytes
     assert grouped.host_bytes == plain.host_bytes  # snapshots do not contain it
@@ -139,8 +141,8 @@ def work(group: int, *, micro_batches: int = 4) -> StepWork:
 
 def test_bytes_moved__groups__first_forward_and_gradients_between_machines() -> None:
     plain, grouped = bytes_moved(work(1)), bytes_moved(work(8))
-    assert (plain.of_all, plain.in_groups) == (15 / 16 * 4 * (800 + 2 * 1600), 0)
-    assert grouped.of_all == 15 / 16 * (4 * 800 + 1600)
+    assert (plain.sharing, plain.in_groups) == (15 / 16 * 4 * (800 + 2 * 1600), 0)
+    assert grouped.sharing == 15 / 16 * (4 * 800 + 1600)
     assert grouped.in_groups == 7 / 8 * 7 * 1600
 
 

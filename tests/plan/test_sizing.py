@@ -70,13 +70,13 @@ def test_hours__given_gpus__kept_to() -> None:
     assert run.tokens_per_s.low < run.tokens_per_s.likely < run.tokens_per_s.high
 
 
-@pytest.mark.parametrize(("gbps", "num_gpus", "size"), [(25, 16, 8), (1e6, 16, 1), (25, 8, 1)])
-def test_hours__slow_network__groups_of_hpz_as_the_plan_of_the_job(gbps: float, num_gpus: int, size: int) -> None:
+@pytest.mark.parametrize(("gbps", "num_gpus", "count"), [(25, 16, 2), (1e6, 16, 1), (25, 8, 1)])
+def test_hours__slow_network__groups_as_the_plan_of_the_job(gbps: float, num_gpus: int, count: int) -> None:
     offer = dataclasses.replace(H100, inter_node_gbps=gbps)
     ((machines,),) = offered_machines([offer], spot=False, num_gpus=num_gpus)
     run = size_run(Goal(limit=Limit(kind="hours", amount=24 * 30)), machines)
     assert run is not None
-    assert run.hpz_partition_size == size
+    assert run.groups.num_shard_groups == count
     job = load_job_text(dump_plain(sized_job(run, base=BASE_JOB)), path="job.yaml").job
     plan = make_plan(
         job,
@@ -86,7 +86,7 @@ def test_hours__slow_network__groups_of_hpz_as_the_plan_of_the_job(gbps: float, 
         links=machines.interconnect,
     )
     world = plan.for_world_size(num_gpus)
-    assert (world.hpz_partition_size, world.batch) == (size, run.batch)
+    assert (world.groups, world.batch) == (run.groups, run.batch)
 
 
 def test_flops__hand_checked__6_n_d() -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from forge.plan.batch import plan_batch
 from forge.plan.deepspeed_config import deepspeed_config
+from forge.plan.rank_groups import NO_GROUPS, RankGroups
 from forge.train.shard import Shard
 from forge.train.state import TrainState
 from tests.support.jobs import tiny_job
@@ -25,19 +26,24 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "zero 3 persistent": {"stage": 3},
     "zero 3 offload": {"stage": 3, "offload": "cpu"},
     "zero 3 hpz": {"stage": 3},
+    "zero 1 groups": {"stage": 1},
+    "zero 2 groups": {"stage": 2},
+    "zero 3 groups": {"stage": 3},
 }
 """Values of `training.zero`; with `persistent`, small parameters are not divided; with `hpz`, in the largest groups
-that are smaller than the world size, or in one of all ranks."""
+that are smaller than the world size, or in one of all ranks; with `groups`, in the smallest shard groups of two or
+more ranks."""
 
-MATRIX = [name for name in VARIANTS if name not in ("zero 3 persistent", "zero 3 offload", "zero 3 hpz")]
+MATRIX = ["zero 0", "zero 1", "zero 2", "zero 2 offload", "zero 3"]
 """Variants tested at every world size; the others hold the same vectors in other places."""
 
 
-def group_of_hpz(variant: str, *, world_size: int) -> int:
-    """The largest proper divisor of a number of ranks, or that number if it is prime; 1 in other variants."""
-    if not variant.endswith("hpz"):
-        return 1
-    return max((size for size in range(2, world_size) if world_size % size == 0), default=world_size)
+def groups_of(variant: str, *, world_size: int) -> RankGroups:
+    """The groups of a variant."""
+    divisors = [size for size in range(2, world_size) if world_size % size == 0] or [world_size]
+    if variant.endswith("hpz"):
+        return RankGroups(hpz_partition_size=divisors[-1])
+    return RankGroups(num_shard_groups=world_size // divisors[0]) if variant.endswith("groups") else NO_GROUPS
 
 
 class OddModel(nn.Module):
@@ -70,21 +76,24 @@ def odd_state(variant: str, *, world_size: int, precision: str = "bf16") -> Trai
     import deepspeed
 
     from forge.train.optimizer import build_optimizer
+    from forge.train.shard_groups import ShardGroups
     from forge.train.zero3 import sharding_of
 
     training = tiny_job(training__zero=VARIANTS[variant], training__precision=precision).training
     batch = plan_batch(world_size, world_size=world_size, max_micro_batch_size=1)
-    group = group_of_hpz(variant, world_size=world_size)
-    config = deepspeed_config(training, batch, hpz_partition_size=group)
-    if variant in ("zero 3", "zero 3 hpz"):
+    groups = groups_of(variant, world_size=world_size)
+    config = deepspeed_config(training, batch, groups=groups)
+    shard_groups = ShardGroups.join(groups.num_shard_groups)
+    deepspeed.utils.groups.mpu = None  # of the engine before
+    if variant in ("zero 3", "zero 3 hpz", "zero 3 groups"):
         config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     divided = training.zero.stage == 3
-    with sharding_of(config).construct() if divided else contextlib.nullcontext():
+    with sharding_of(config, shard_groups=shard_groups).construct() if divided else contextlib.nullcontext():
         model = OddModel()
     model.finish()
     optimizer = build_optimizer(model, training.optimizer, device=torch.device("cpu"))
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
-    return TrainState(engine, keep_average=True)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, mpu=shard_groups, config=config)
+    return TrainState(engine, keep_average=True, num_groups=groups.num_shard_groups)
 
 
 def pattern(shard: Shard, kind: str, dtype: torch.dtype) -> Tensor:

@@ -95,9 +95,9 @@ class GpuWeights(Weights):
         super().__init__(LARGE_BYTES)
         self._api = api
 
-    def copy_to(self, memory: memoryview, *, buffers: bool) -> None:
+    def copy_to(self, memory: memoryview, *, part: Any, buffers: bool) -> None:
         self._api.done.append(f"copy {'buffers' if buffers else 'the rest'}")
-        super().copy_to(memory, buffers=buffers)
+        super().copy_to(memory, part=part, buffers=buffers)
 
 
 @pytest.fixture

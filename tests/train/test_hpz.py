@@ -40,7 +40,7 @@ def test_losses__groups_of_two__equal_plain_zero_3_bit_for_bit(
     grouped, plain = (
         run_ranks(planned(corpus, size, **changes), tmp_path / str(size), world_size=4) for size in (2, 1)
     )
-    assert planned(corpus, 2).for_world_size(4).hpz_partition_size == 2
+    assert planned(corpus, 2).for_world_size(4).groups.hpz_partition_size == 2
     assert grouped.losses == plain.losses
     assert [m.grad_norm for m in grouped.steps] == [m.grad_norm for m in plain.steps]
     assert evaluations(grouped) == evaluations(plain)

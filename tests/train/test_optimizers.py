@@ -76,7 +76,12 @@ def whole_layouts(optimizer: torch.optim.Optimizer) -> Iterator[FlatLayout]:
                 ranges=((0, size),),
             )
             yield FlatLayout(
-                owner=owner, algorithm=group["algorithm"], pieces=(piece,), is_whole=True, device=owner.device
+                owner=owner,
+                algorithm=group["algorithm"],
+                pieces=(piece,),
+                is_whole=True,
+                group=None,
+                device=owner.device,
             )
 
 

@@ -20,13 +20,14 @@ from tests.support.odd import MATRIX, VARIANTS, differing, odd_state, write_patt
 from tests.support.ranks import on_ranks
 
 SOME_SIZES, ALL_SIZES = (1, 2, 3), tuple(range(1, 9))
-"""Used by the slow tests: 2,304 loads, of hpZ too."""
+"""Used by the slow tests: 5,184 loads, with groups too."""
+GROUPED = ("zero 1 groups", "zero 2 groups", "zero 3 groups")
 PROGRESS = Progress(step=7, num_tokens=70, config_digest="recipe", corpus="corpus")
 
 
 def variants_of(sizes: tuple[int, ...]) -> list[str]:
-    """The kinds of engines that are tested; hpZ needs a number of ranks that is not prime."""
-    return [*MATRIX, "zero 3 hpz"] if 4 in sizes else MATRIX
+    """The kinds of engines that are tested; groups need a number of ranks that is not prime."""
+    return [*MATRIX, "zero 3 hpz", *GROUPED] if 4 in sizes else MATRIX
 
 
 def save_all(rank: int, root: str, world_size: int, sizes: tuple[int, ...]) -> list[list[Any]]:
@@ -165,6 +166,28 @@ def round_trip(rank: int, root: str, world_size: int, *, is_saving: bool) -> lis
             state.resume(step=7)
             wrong += [f"{saved_variant} → {variant}: {what}" for what in differing(state)]
     return wrong
+
+
+def save_in_groups_and_load(rank: int, root: str) -> list[str]:
+    """Save from groups, and load into groups of another stage, and into one group."""
+    join_process_group(device=torch.device("cpu"))
+    state = odd_state("zero 3 groups", world_size=4)
+    write_pattern(state)
+    checkpointer = AsyncCheckpointer(state, url=root, keep=1)
+    checkpointer.begin(PROGRESS)
+    wrong = [str(outcome) for outcome in checkpointer.finish() if not isinstance(outcome, CheckpointWritten)]
+    checkpointer.close()
+    for variant in ("zero 2 groups", "zero 3"):
+        other = odd_state(variant, world_size=4)
+        write_pattern(other, zero=True)
+        other.read(open_checkpoint(open_storage(root), step_name(7)))
+        wrong += [f"{variant}: {what}" for what in differing(other)]
+    return wrong
+
+
+def test_load__two_groups_of_two__bit_for_bit(tmp_path: Path) -> None:
+    for wrong in on_ranks(save_in_groups_and_load, str(tmp_path), world_size=4):
+        assert wrong == []
 
 
 def test_load__fp32__any_stage_bit_for_bit(tmp_path: Path) -> None:

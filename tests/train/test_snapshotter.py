@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from forge.checkpoint.intervals import Interval, pack
 from forge.checkpoint.snapshot_buffer import NUM_SLOTS, Snapshot, SnapshotBuffer
 from forge.train.snapshotter import PendingSnapshot, Snapshotter
+from forge.train.state import SavedPart
 from tests.support.checkpoints import model_shape, progress
 
 SMALL_BYTES = 64
@@ -32,13 +33,17 @@ class Weights:
     def __init__(self, size_bytes: int = SMALL_BYTES) -> None:
         flag = Interval(kind="buffer", name="flag", start=0, stop=1, dtype="U8")
         weight = Interval(kind="master", name="w", start=0, stop=size_bytes // 4, dtype="F32")
-        self.layout, self.shape = pack([flag, weight]), model_shape()
+        self._part, self.shape = SavedPart(layout=pack([flag, weight]), sources=()), model_shape()
+        self.rank, self.num_groups, self.shard_group_size = 0, 1, 1
         self.value = 0
         self.is_broken = False
         self.may_continue = threading.Event()
         self.may_continue.set()
 
-    def copy_to(self, memory: memoryview, *, buffers: bool) -> None:
+    def part(self, number: int, *, of: int, has_buffers: bool) -> SavedPart:
+        return self._part
+
+    def copy_to(self, memory: memoryview, *, part: Any, buffers: bool) -> None:
         if buffers:
             memory[-1:] = bytes([self.value])
             return
@@ -59,7 +64,8 @@ class Agent:
         self.may_continue.set()
         self.worked_s = 0.0
 
-    def register(self, snapshot: SnapshotBuffer) -> None:
+    def register(self, snapshot: SnapshotBuffer, *, piece: int, num_pieces: int, is_sent: bool) -> None:
+        assert (piece, num_pieces, is_sent) == (0, 1, True)
         self.registered = snapshot
 
     def metadata(self) -> Mapping[str, Any]:

@@ -23,6 +23,7 @@ def ownership(rank: int, plan_json: str, world_size: int) -> dict[str, Any]:
     from forge.objective.causal_lm import CausalLm
     from forge.train.engine import build_engine
     from forge.train.process_group import join_process_group
+    from forge.train.snapshot_pieces import pieces_of
 
     plan: Plan = plan_from_json(plan_json)
     device = torch.device("cpu")
@@ -36,7 +37,11 @@ def ownership(rank: int, plan_json: str, world_size: int) -> dict[str, Any]:
     )  # fmt: skip
     state = engine.state
     return {
-        "claims": [(shard.name, shard.start, shard.stop) for shard in state.claims],
+        "claims": [
+            (shard.name, shard.start, shard.stop)
+            for shard, kind, _ in pieces_of(state, parts_per_shard=0)[0].part.sources
+            if kind in ("master", "buffer")
+        ],
         "kinds": {
             kind: sum(state.tensor(shard, kind).numel() for shard in state.shards)
             for kind in ("master", "exp_avg", "exp_avg_sq", "ema")

@@ -9,6 +9,7 @@ import pytest
 
 from forge.plan.inputs import CorpusInfo
 from forge.plan.plan import plan_from_json, plan_to_json
+from forge.plan.rank_groups import NO_GROUPS, RankGroups
 from forge.plan.throughput import StepWork, bytes_moved
 from tests.support.jobs import tiny_plan
 from tests.support.ranks import on_ranks, train_one_rank
@@ -40,11 +41,25 @@ def traffic_of_a_step(rank: int, plan_json: str, folder: str) -> tuple[dict[int,
     return {size: (last[size] - first.get(size, 0)) / steps for size in last}, sizes[0]
 
 
-@pytest.mark.parametrize(("stage", "group"), [(0, 1), (1, 1), (2, 1), (3, 1), (3, 2)])
-def test_traffic__step__is_that_of_the_plan(corpus: CorpusInfo, tmp_path: Path, stage: int, group: int) -> None:
+@pytest.mark.parametrize(
+    ("stage", "groups"),
+    [
+        *((stage, NO_GROUPS) for stage in range(4)),
+        (3, RankGroups(hpz_partition_size=2)),
+        *((stage, RankGroups(num_shard_groups=2)) for stage in (1, 2, 3)),
+    ],
+)
+def test_traffic__step__is_that_of_the_plan(
+    corpus: CorpusInfo, tmp_path: Path, stage: int, groups: RankGroups
+) -> None:
+    size = WORLD_SIZE // groups.num_shard_groups
     plan = tiny_plan(
         corpus,
-        training__zero={"stage": stage, "hpz_partition_size": group},
+        training__zero={
+            "stage": stage,
+            "hpz_partition_size": groups.hpz_partition_size,
+            "shard_group_size": "all" if size == WORLD_SIZE else size,
+        },
         training__micro_batch_size=1,
         training__precision="bf16",
         training__evaluate_every="100 steps",
@@ -60,7 +75,7 @@ def test_traffic__step__is_that_of_the_plan(corpus: CorpusInfo, tmp_path: Path, 
             }
     answers = on_ranks(traffic_of_a_step, plan_to_json(plan), str(tmp_path), world_size=WORLD_SIZE)
     numel = answers[0][1]
-    assert plan_from_json(plan_to_json(plan)).for_world_size(WORLD_SIZE).hpz_partition_size == group
+    assert plan_from_json(plan_to_json(plan)).for_world_size(WORLD_SIZE).groups == groups
     expected = bytes_moved(
         StepWork(
             tokens=1,
@@ -76,9 +91,14 @@ def test_traffic__step__is_that_of_the_plan(corpus: CorpusInfo, tmp_path: Path, 
             stage=stage,
             world_size=WORLD_SIZE,
             peak_flops=1.0,
-            hpz_partition_size=group,
+            hpz_partition_size=groups.hpz_partition_size,
+            num_shard_groups=groups.num_shard_groups,
         )
     )
     for sent, _ in answers:
-        assert sent[WORLD_SIZE] == pytest.approx(expected.of_all, rel=0.05)
-        assert sent.get(2, 0.0) == pytest.approx(expected.in_groups, rel=0.05)
+        if size == WORLD_SIZE:
+            assert sent[WORLD_SIZE] == pytest.approx(expected.sharing, rel=0.05)
+            assert sent.get(2, 0.0) == pytest.approx(expected.in_groups, rel=0.05)
+        else:  # two groups of two: twins are two as well
+            assert sent[2] == pytest.approx(expected.sharing + expected.between_groups, rel=0.05)
+            assert sent.get(WORLD_SIZE, 0.0) < 0.01 * sent[2]

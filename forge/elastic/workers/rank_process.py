@@ -25,6 +25,8 @@ class RankProcess:
     socket: socket.socket
     status: StatusPage
     peer: Endpoint | None
+    is_sent: bool = True
+    """Whether its snapshots are sent to another node."""
     started_ns: int = field(default_factory=time.monotonic_ns)
     send_began_ns: int = 0
     """The agent's CPU time when it began to replicate the last snapshot."""

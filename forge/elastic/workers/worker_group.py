@@ -155,7 +155,7 @@ class WorkerGroup:
         for worker in self._running().values():
             if worker.generation == generation and worker.peer != peer:
                 worker.peer = peer
-                if worker.replicator is not None:
+                if worker.replicator is not None and worker.is_sent:
                     worker.replicator.set_peer(peer)
 
     def dump_stacks(self, generation: int) -> None:
@@ -292,6 +292,8 @@ class WorkerGroup:
             laps=command["laps"],
             asked_at=asked_at,
             secret=self._config.secret,
+            num_shard_groups=command["num_shard_groups"],
+            parts_per_shard=command["parts_per_shard"],
             has_listener=rank == 0,
         )
         if standby is not None:
@@ -338,8 +340,8 @@ class WorkerGroup:
 
     def _handle(self, worker: RankProcess, kind: str, values: Sequence[Any], *, fds: list[int]) -> None:
         match kind, values:
-            case "buffer", _:
-                self._register_buffer(worker, fds[0])
+            case "buffer", (piece, num_pieces, is_sent):
+                self._register_buffer(worker, fds[0], piece=piece, num_pieces=num_pieces, is_sent=is_sent)
             case "snapshot", (step, slot):
                 if worker.replicator is not None:
                     worker.send_began_ns = time.process_time_ns()
@@ -360,15 +362,18 @@ class WorkerGroup:
                     self._tasks.start(self._report(report="checkpoint_committed", step=record.step))
                 self._forwarder.put(kind, record)
 
-    def _register_buffer(self, worker: RankProcess, fd: int) -> None:
-        generation, rank, world_size = worker.generation, worker.rank, worker.world_size
-        self._store.register_buffer(fd, generation=generation, rank=rank, world_size=world_size)
-        buffer = self._store.find(generation=generation, rank=rank)
+    def _register_buffer(self, worker: RankProcess, fd: int, *, piece: int, num_pieces: int, is_sent: bool) -> None:
+        name = {"generation": worker.generation, "rank": piece, "world_size": num_pieces}
+        self._store.register_buffer(fd, **name)
+        if worker.replicator is not None:  # of its first piece, the only one that may be sent
+            return
+        buffer = self._store.find(generation=worker.generation, rank=piece)
         assert buffer is not None
+        worker.is_sent = is_sent
         worker.replicator = Replicator(
-            worker.peer,
+            worker.peer if is_sent else None,
             buffer,
-            name={"generation": generation, "rank": rank, "world_size": world_size},
+            name=name,
             secret=self._secret,
             on_replicated=lambda step: worker.note_replicated(step),
         )

@@ -88,7 +88,8 @@ def run_worker_process(spec_record: Mapping[str, Any], *, fds: list[int], plan_j
     return 0
 
 
-def _run(spec: WorkerSpec, *, link: AgentLink, fds: list[int], plan_json: str, listen_fd: int | None) -> Any:
+def _set_environment(spec: WorkerSpec) -> None:
+    """Set the variables of torch.distributed, the network interface and the GPUs."""
     os.environ |= {
         "RANK": str(spec.rank),
         "WORLD_SIZE": str(spec.world_size),
@@ -101,11 +102,16 @@ def _run(spec: WorkerSpec, *, link: AgentLink, fds: list[int], plan_json: str, l
     if spec.gpus:
         set_visible_gpus(spec.gpus)
         set_up_nccl(interface=None if spec.interface == LOOPBACK else spec.interface)
+
+
+def _run(spec: WorkerSpec, *, link: AgentLink, fds: list[int], plan_json: str, listen_fd: int | None) -> Any:
+    _set_environment(spec)
     clock = Stopwatch(began=spec.asked_at, laps=spec.laps)
     clock.on_lap = link.tick
     clock.lap("fork")
     state_source = None
     if spec.shards:
+        size = spec.world_size // spec.num_shard_groups
         locations = [
             ShardLocation(
                 generation=shard["generation"],
@@ -119,7 +125,7 @@ def _run(spec: WorkerSpec, *, link: AgentLink, fds: list[int], plan_json: str, l
             locations,
             step=spec.step,
             secret=bytes.fromhex(spec.secret),
-            position=(spec.rank + 0.5) / spec.world_size,
+            position=(spec.rank % size + 0.5) / size,
         )
     reporter: AgentReporter | NullReporter = NullReporter()
     if spec.rank == 0:
@@ -142,6 +148,7 @@ def _run(spec: WorkerSpec, *, link: AgentLink, fds: list[int], plan_json: str, l
         elastic=ElasticContext(
             replica_client=AgentReplicaClient(link, reporter, local_world_size=spec.local_world_size),
             state_source=state_source,
+            parts_per_shard=spec.parts_per_shard,
             checkpoint_risk=CheckpointRisk(**spec.checkpoint_risk) if spec.checkpoint_risk else None,
             on_progress=link.tick,
             on_own_time=OwnTimes(link).add,
@@ -232,8 +239,8 @@ class AgentReplicaClient:
     def __init__(self, link: AgentLink, reporter: AgentReporter | NullReporter, *, local_world_size: int) -> None:
         self._link, self._reporter, self._local_world_size = link, reporter, local_world_size
 
-    def register(self, snapshot: SnapshotBuffer) -> None:
-        self._link.send("buffer", fds=(snapshot.fd,))
+    def register(self, snapshot: SnapshotBuffer, *, piece: int, num_pieces: int, is_sent: bool) -> None:
+        self._link.send("buffer", piece, num_pieces, is_sent, fds=(snapshot.fd,))
 
     def metadata(self) -> Mapping[str, Any]:
         return {"metrics": self._reporter.unacked() if isinstance(self._reporter, AgentReporter) else []}

@@ -1,0 +1,28 @@
+"""Where the ranks with the same shard are, for generations in shard groups.
+
+Their snapshots need no replicas, as long as every piece of the state is on at least two nodes
+(`forge.train.snapshot_pieces`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from forge.plan.rank_groups import most_parts_per_shard
+
+
+def parts_per_shard(assignment: Sequence[str], *, num_shard_groups: int) -> int:
+    """Return of how many parts of its shard a rank keeps one: as many as leave every part on two nodes; 0: none do.
+
+    Args:
+        assignment: rank → node.
+        num_shard_groups: groups that each hold the whole state, a divisor of the number of ranks.
+    """
+    size = len(assignment) // num_shard_groups
+    for parts in range(most_parts_per_shard(num_shard_groups), 0, -1):
+        nodes: list[set[str]] = [set() for _ in range(parts * size)]
+        for rank, node in enumerate(assignment):
+            nodes[rank % len(nodes)].add(node)
+        if all(len(each) > 1 for each in nodes):
+            return parts
+    return 0
