@@ -65,6 +65,8 @@ def _problem(changes: Mapping[str, Any], *, device: str) -> str | None:
     """Why options cannot be used on this machine; None if they can."""
     if device == "cpu" and ("fp8" in changes or "liger" in changes):
         return "needs a GPU"
+    if "compile" in changes and torch.__version__ < "2.10":  # not a string: compared by its numbers
+        return f"forge does not compile with torch {torch.__version__}"
     if "liger" in changes and importlib.util.find_spec("liger_kernel") is None:
         return "the package liger-kernel is not installed"
     return fp8_problem() if "fp8" in changes else None

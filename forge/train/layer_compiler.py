@@ -33,6 +33,9 @@ _PROGRESS_S = 1.0
 _MAX_COMPILE_S = 1800.0
 """A compilation that takes longer counts as no progress, so that the supervisor finds a rank that hangs in it."""
 _MAX_THREADS = 8
+_EAGER_BACKWARD = "force_non_lazy_backward_lowering"
+"""torch's setting to compile the backward pass with the forward pass. Otherwise it is compiled when it first runs,
+where a failure can no longer be caught. torch 2.9 does not have it."""
 _COMPILE_ERRORS = (TorchDynamoException, FailOnRecompileLimitHit)
 
 
@@ -64,6 +67,9 @@ class LayerCompiler:
         self._num_layers = len(layers)
         if not layers:
             self.give_up("the model has no repeated layers")
+        elif not hasattr(torch._functorch.config, _EAGER_BACKWARD):
+            problem = "compiles backward passes when they first run, where a failure cannot be caught"
+            self.give_up(f"torch {torch.__version__} {problem}; install torch 2.10 or newer")
         for layer in layers:
             layer.forward = self._compiled(layer.forward, backend=backend)
 
@@ -129,8 +135,8 @@ def prepare_compiler(*, num_ranks: int) -> None:
     threads = max(1, min(_MAX_THREADS, usable_cpus() // num_ranks))
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(default_cache_dir().absolute() / "compiled"))
     torch._inductor.config.compile_threads = threads
-    # Otherwise the backward pass is compiled when it first runs, where a failure can no longer be caught.
-    torch._functorch.config.force_non_lazy_backward_lowering = True
+    if hasattr(torch._functorch.config, _EAGER_BACKWARD):
+        setattr(torch._functorch.config, _EAGER_BACKWARD, True)
 
 
 def _cache_counts() -> tuple[int, int]:

@@ -15,6 +15,7 @@ from forge.events import CompileFailed, LayersCompiled
 from forge.model.repeated_layers import repeated_layers
 from forge.model.selective_checkpoint import enable_checkpointing
 from forge.plan.inputs import CorpusInfo
+from forge.train import layer_compiler
 from forge.train.layer_compiler import LayerCompiler
 from tests.support.jobs import tiny_plan
 from tests.support.ranks import RecordingReporter, run_ranks
@@ -107,6 +108,20 @@ def test_compile__selective_checkpointing__same_gradients_and_products_computed_
     assert all(map(torch.equal, gradients, expected)) and num_all > num_products
     gradients, num_selective = llama_step(checkpointing="selective", is_compiled=True)
     assert all(map(torch.equal, gradients, expected)) and num_selective == num_products
+
+
+def test_compile__torch_without_eager_backward_passes__runs_uncompiled_and_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(layer_compiler, "_EAGER_BACKWARD", "no_such_setting")  # as in torch 2.9
+    layer_compiler.prepare_compiler(num_ranks=1)
+    model, reporter = Squares(reads_values=False), RecordingReporter(None)
+    compiler = LayerCompiler(model, reporter=reporter, backend="aot_eager")
+    step(model)
+    compiler.report()
+    (event,) = reporter.recording.events
+    assert isinstance(event, CompileFailed)
+    assert "install torch 2.10 or newer" in event.reason
 
 
 def test_compile__no_repeated_layers__says_so() -> None:
