@@ -30,6 +30,7 @@ from forge.elastic.states import MembershipState
 from forge.elastic.straggler_watch import StragglerTerms, StragglerWatch
 from forge.elastic.supervisor import Supervisor
 from forge.pricing.budget import CostLimits, CostMeter
+from forge.process import calm_garbage_collector
 from tests.support.placement import FixedPlacement
 
 SECRET = bytes(32)
@@ -50,6 +51,7 @@ def main() -> None:
     if options.serve is not None:
         asyncio.run(AgentProcess(options.serve, count=options.agents + 1).run())
         return
+    calm_garbage_collector()  # as the supervisor actor does
     figures = asyncio.run(measure(options))
     print_table(
         f"The supervisor with real connections; {options.repeats} changes",

@@ -42,6 +42,7 @@ from forge.elastic.straggler_watch import StragglerTerms, StragglerWatch
 from forge.elastic.supervisor import Supervisor
 from forge.events import GenerationStarted
 from forge.pricing.budget import CostLimits, CostMeter
+from forge.process import calm_garbage_collector
 from tests.support.placement import FixedPlacement
 
 SIZES = ((10_000, 1), (4096, 1), (512, 8))
@@ -113,6 +114,7 @@ def main() -> None:
     parser.add_argument("--agents", type=int, help="measure only this number of agents, with one rank each")
     options = parse_options(parser, smallest={"agents": 20})
     sizes = SIZES if options.agents is None else ((options.agents, 1),)
+    calm_garbage_collector()  # as the supervisor actor does
     found = []
     for num_agents, ranks_per_agent in sizes:
         found.append(asyncio.run(measure(num_agents, ranks_per_agent, options=options)).figures())

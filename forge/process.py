@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import os
 import resource
 import signal
@@ -95,6 +96,17 @@ def raise_descriptor_limit() -> None:
     wanted = _MAX_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, _MAX_DESCRIPTORS)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def calm_garbage_collector() -> None:
+    """Let Python's garbage collector run less often, and never visit again what is loaded now.
+
+    For a process that keeps hundreds of thousands of objects of its own, after it has imported what it needs: a
+    full collection with Ray and torch loaded takes 0.2 s. Memory without cycles is freed at once as ever.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
 
 
 def redirect_output(path: Path) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from forge.elastic.rpc import Channel, Message
 
-_READ_BYTES = 64 * 2**10
+_READ_BYTES = 16 * 2**10
 
 
 class AgentChannel:

@@ -78,14 +78,15 @@ class MessageKey:
     """Authenticates the messages of one direction of one connection, in their order."""
 
     def __init__(self, key: bytes) -> None:
-        self._key = key
+        self._keyed = hashlib.blake2b(key=key, digest_size=TAG_BYTES)
         self._next = 0
 
     def tag(self, text: bytes) -> bytes:
         """Return the tag of the next message."""
-        digest = hashlib.blake2b(_SEQUENCE.pack(self._next), key=self._key, digest_size=TAG_BYTES)
-        self._next += 1
+        digest = self._keyed.copy()
+        digest.update(_SEQUENCE.pack(self._next))
         digest.update(text)
+        self._next += 1
         return digest.digest()
 
     def verify(self, tag: bytes, *, text: bytes) -> None:

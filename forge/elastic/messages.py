@@ -42,7 +42,7 @@ def to_json(message: dict[str, Any]) -> bytes:
 def from_json(text: bytes) -> dict[str, Any]:
     """Return a received message. Raises: ValueError if it is not a JSON object."""
     try:
-        message = json.loads(text)
+        message = json.loads(text.decode())
     except RecursionError:
         raise ValueError("the message is nested too deeply") from None
     if not isinstance(message, dict):

@@ -126,22 +126,17 @@ class Channel:
         return _encode(message, key=_require(self._keys).sending)
 
     def decode(self, data: bytes = b"") -> Iterator[Message]:
-        """Take the complete messages from what was received, for a caller that reads the socket itself.
-
-        Args:
-            data: what has been received since the last call.
-
-        Raises: AuthenticationError; ValueError if the bytes are not a message.
-        """
-        self._read += data
-        while len(self._read) >= _HEADER.size:
-            header = bytes(self._read[: _HEADER.size])
-            end = _HEADER.size + _length(header)
-            if len(self._read) < end:
+        """Take complete messages, for a caller that reads the socket. Raises: AuthenticationError, ValueError."""
+        if self._read:
+            self._read += data
+            if len(self._read) < _end_of_message(self._read):
                 return
-            text = bytes(self._read[_HEADER.size : end])
-            del self._read[:end]
+            data = bytes(self._read)
+            self._read.clear()
+        while len(data) >= (end := _end_of_message(data)):
+            header, text, data = data[: _HEADER.size], data[_HEADER.size : end], data[end:]
             yield _decode(header, text, key=_require(self._keys).receiving)
+        self._read += data
 
     async def receive_into(self, view: memoryview) -> None:
         """Fill a buffer with the raw bytes after a message. Raises: OSError, EOFError."""
@@ -370,6 +365,11 @@ def _decode(header: bytes, text: bytes, *, key: MessageKey) -> Message:
     """Return a received message. Raises: AuthenticationError; ValueError if it is not a JSON object."""
     key.verify(_HEADER.unpack(header)[1], text=text)
     return from_json(text)
+
+
+def _end_of_message(data: bytes | bytearray) -> int:
+    """Where the first message ends; of less than a header, where the header ends."""
+    return _HEADER.size + (_length(bytes(data[: _HEADER.size])) if len(data) >= _HEADER.size else 0)
 
 
 def _length(header: bytes) -> int:

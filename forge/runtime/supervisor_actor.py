@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
-import gc
 import os
 import subprocess
 import time
@@ -25,7 +24,7 @@ from forge.elastic.supervisor import Outcome
 from forge.events import Event, SupervisorRestarted, SupervisorStarted
 from forge.plan.plan import plan_from_json
 from forge.pricing.budget import CostLimits, CostMeter, read_price
-from forge.process import open_log, raise_descriptor_limit, redirect_output
+from forge.process import calm_garbage_collector, open_log, raise_descriptor_limit, redirect_output
 from forge.runtime.actor_names import SUPERVISOR
 from forge.runtime.agent_actor import AgentActorConfig
 from forge.runtime.placement import Allocation
@@ -127,8 +126,7 @@ class SupervisorActor:
         if is_restarted:
             actors = await asyncio.to_thread(agent_actors_of, config.run_id)
             await reattach_agents(self._placement, actors.values(), supervisor=f"{SUPERVISOR}{config.run_id}")
-        gc.collect()
-        gc.freeze()  # the collector would visit all of Ray's and torch's modules in each change of 10,000 nodes
+        calm_garbage_collector()
         self._placement.start()
         self._watching_driver = asyncio.ensure_future(self._watch_driver())
         return self._run
