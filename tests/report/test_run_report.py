@@ -18,7 +18,9 @@ from hypothesis import strategies as st
 from forge.errors import ArgumentError
 from forge.events import AlertNotSent, AlertSent, CostUpdated, NodeJoined, RunFailed, RunFinished, SampleGenerated
 from forge.plan.durations import ClusterCost, Forecast, WorldHours
-from forge.plan.plan import plan_to_json
+from forge.plan.inputs import HardwareInfo
+from forge.plan.memory import STANDBY_BYTES
+from forge.plan.plan import make_plan, plan_to_json
 from forge.plan.throughput import Estimate
 from forge.report.run_forecast import forecast_rows
 from forge.report.run_report import write_end_report, write_run_report
@@ -26,7 +28,8 @@ from forge.report.run_series import read_series
 from forge.runs.annotations import change_tags, set_note
 from forge.runs.reader import read_run
 from forge.runs.scores import TaskScore, TaskValue, append_score
-from tests.support.jobs import tiny_plan
+from forge.units import format_bytes
+from tests.support.jobs import UNPREPARED, tiny_facts, tiny_job, tiny_plan
 from tests.support.pages import Elements, own_text
 from tests.support.runs import History, make_run, metrics
 from tests.support.searches import SearchHistory, search_plan
@@ -165,6 +168,23 @@ def test_report__plan_with_a_forecast__is_beside_what_happened(tmp_path: Path) -
     assert found["memory of a worker"][1] == "512 MiB"
     assert note.startswith("at 2 workers")
     assert "Forecast and what happened" in own_text(write_run_report(folder))
+
+
+def test_forecast__peak_memory_of_a_gpu__is_beside_the_plan_without_the_standby_process(tmp_path: Path) -> None:
+    folder = eventful().write(tmp_path, "run")
+    hours = Estimate(low=0.02, likely=0.025, high=0.03)
+    world = WorldHours(world_size=2, hours=hours, step_s=2.0, evaluation_s=8.0, checkpoint_s=0.0, startup_s=40.0)
+    gpu = HardwareInfo(device="cuda", name="test", memory_bytes=None, peak_flops=None)
+    plan = replace(
+        make_plan(tiny_job(), model=tiny_facts(num_parameters=2**26), corpus=UNPREPARED, hardware=gpu),
+        forecast=Forecast(worlds=(world,), notes=(), cost=None),
+    )
+    (folder / "plan.json").write_text(plan_to_json(plan))
+    rows, _ = forecast_rows(read_run(folder), read_run(folder).goodput())
+    [memory] = [row for row in rows if row.name == "memory of a worker"]
+    need = plan.for_world_size(2).memory
+    assert need.total_bytes > STANDBY_BYTES == need.standby_bytes
+    assert memory.forecast == format_bytes(need.total_bytes - STANDBY_BYTES)
 
 
 def only_started() -> History:
