@@ -6,7 +6,9 @@ import asyncio
 from pathlib import Path
 from typing import Any
 
-from forge.elastic.workers.fork_client import ForkServerPool
+import pytest
+
+from forge.elastic.workers.fork_client import ALLOCATOR_SETTINGS, ForkServerPool
 
 
 def test_fork_server__cannot_import_what_the_plan_needs__says_how_it_ended(tmp_path: Path) -> None:
@@ -22,3 +24,24 @@ def test_fork_server__cannot_import_what_the_plan_needs__says_how_it_ended(tmp_p
     message, reason = asyncio.run(end_of_first())
     assert message is None
     assert reason.startswith("ended with exit code 1: ") and reason.endswith("(fork-server.log)")
+
+
+def test_fork_server__c_library__keeps_memory_unless_the_user_says_otherwise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "1000")
+
+    async def environment() -> dict[str, str]:
+        server = ForkServerPool(log=tmp_path / "logs" / "fork-server.log").take("{}")
+        try:
+            words = Path(f"/proc/{server._pid}/environ").read_text().split("\0")
+        finally:
+            server.kill()
+        return dict(word.split("=", 1) for word in words if word)
+
+    found = asyncio.run(environment())
+    assert {name: found[name] for name in ALLOCATOR_SETTINGS} == {
+        "MALLOC_MMAP_THRESHOLD_": str(32 * 2**20),
+        "MALLOC_TRIM_THRESHOLD_": "1000",
+        "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+    }
