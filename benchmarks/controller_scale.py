@@ -64,7 +64,7 @@ class Decision:
     seconds: float
     cpu_s: float
     agents_s: float
-    """What the agents took in the same time."""
+    """CPU time of the agents, meanwhile."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -219,7 +219,7 @@ class Agent:
         self.num_announcements = 0
         """Of endpoints."""
         self.busy_s = 0.0
-        """What it took to encode its reports."""
+        """CPU time that it took to encode its reports."""
 
     def registration(self) -> dict[str, Any]:
         return {
@@ -252,11 +252,11 @@ class Agent:
             case "endpoints":
                 self.num_announcements += 1
             case "stop":
-                began = time.perf_counter()
+                began = time.process_time()
                 replicas = self.replicas(self.generation * STEPS_PER_GENERATION)
                 stopped = {"report": "stopped", "generation": message["generation"], "replicas": replicas}
                 self._report(self, json.dumps(stopped))
-                self.busy_s += time.perf_counter() - began
+                self.busy_s += time.process_time() - began
             case "start":
                 self.generation, self.world_size = message["generation"], message["world_size"]
                 self.ranks = message["ranks"]
