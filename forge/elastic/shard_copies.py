@@ -12,17 +12,18 @@ from forge.plan.rank_groups import most_parts_per_shard
 
 
 def parts_per_shard(assignment: Sequence[str], *, num_shard_groups: int) -> int:
-    """Return of how many parts of its shard a rank keeps one: as many as leave every part on two nodes; 0: none do.
+    """Return of how many parts of its shard a rank keeps one, if that leaves every part on two nodes; else 0.
+
+    Fewer and larger parts might be on two nodes where these are not, but take more host memory than the plan says.
 
     Args:
         assignment: rank → node.
         num_shard_groups: groups that each hold the whole state, a divisor of the number of ranks.
     """
-    size = len(assignment) // num_shard_groups
-    for parts in range(most_parts_per_shard(num_shard_groups), 0, -1):
-        nodes: list[set[str]] = [set() for _ in range(parts * size)]
-        for rank, node in enumerate(assignment):
-            nodes[rank % len(nodes)].add(node)
-        if all(len(each) > 1 for each in nodes):
-            return parts
-    return 0
+    parts = most_parts_per_shard(num_shard_groups)
+    nodes: list[set[str]] = [set() for _ in range(parts * len(assignment) // num_shard_groups)]
+    if not nodes:
+        return 0
+    for rank, node in enumerate(assignment):
+        nodes[rank % len(nodes)].add(node)
+    return parts if all(len(each) > 1 for each in nodes) else 0

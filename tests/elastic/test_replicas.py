@@ -508,6 +508,17 @@ def test_peer_state_source__any_world_size_reads_any_other(split: Split, step: i
     asyncio.run(read())
 
 
+def test_register_buffer__piece_of_another_rank_here__first_is_kept_and_second_closed() -> None:
+    store, first, second = ReplicaStore(secret=SECRET), state_of(4096), state_of(4096)
+    filled(first, step=5, slot=0)
+    for buffer in (first, second):
+        store.register_buffer(buffer.fd, **NAME)
+    assert store.locations() == {ReplicaLocation(**NAME, step=5)}
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(second.fd)
+    store.close()
+
+
 def shard(snapshot: SnapshotBuffer | None, endpoint: Endpoint | None = None, *, rank: int = 0) -> ShardLocation:
     opened = None if snapshot is None else SnapshotBuffer(os.dup(snapshot.fd))
     return ShardLocation(generation=1, rank=rank, snapshot=opened, endpoint=endpoint)

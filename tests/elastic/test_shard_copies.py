@@ -6,8 +6,11 @@ import pytest
 
 from forge.elastic.shard_copies import parts_per_shard
 from forge.elastic.source_shards import SourceReader
-from forge.plan.rank_groups import most_parts_per_shard
+from forge.plan.parameter_groups import OptimizerState
+from forge.plan.rank_groups import RankGroups, most_parts_per_shard
+from forge.plan.snapshot_memory import num_copies_in_memory, snapshot_bytes
 from tests.elastic.test_supervisor import StartGroup
+from tests.support.jobs import tiny_facts, tiny_job
 
 
 @pytest.mark.parametrize(
@@ -18,7 +21,11 @@ from tests.elastic.test_supervisor import StartGroup
         ("aabbcc", 3, 1),
         ("aabbccdd", 4, 2),
         ("aaaabbbb", 4, 2),  # two groups on each node
-        ("aaaaaabb", 4, 1),  # with two parts, both copies of the first would be on a
+        (
+            "aaaaaabb",
+            4,
+            0,
+        ),  # both copies of the first of two parts are on a; one part takes more memory than planned
         ("aaaa", 2, 0),
         ("aaab", 2, 0),  # both ranks with the first shard are on a
         ("aabb", 1, 0),
@@ -32,6 +39,24 @@ def test_parts_per_shard__assignment__every_part_on_two_nodes(nodes: str, groups
     size = len(nodes) // groups
     for piece in range(parts * size):
         assert len(set(nodes[piece :: parts * size])) > 1
+
+
+@pytest.mark.parametrize("groups", range(2, 40))
+def test_parts_per_shard__none__planned_memory_is_enough_for_copies_that_are_sent(groups: int) -> None:
+    state = OptimizerState(sharded_bytes=10**6, replicated_bytes=0)
+    copies = num_copies_in_memory(engine="elastic", world_size=4 * groups)
+    sent, planned = (
+        snapshot_bytes(
+            tiny_facts(),
+            tiny_job().training,
+            state=state,
+            num_copies=copies,
+            world_size=4 * groups,
+            groups=RankGroups(num_shard_groups=number),
+        )
+        for number in (1, groups)
+    )
+    assert sent <= planned + 1
 
 
 def test_start_commands__several_copies__are_read_from_different_nodes() -> None:

@@ -8,6 +8,7 @@ new generation read the ranges they need from these stores (`forge.elastic.repli
 from __future__ import annotations
 
 import asyncio
+import os
 import struct
 from dataclasses import dataclass, field
 
@@ -37,7 +38,13 @@ class ReplicaStore:
         self._rejected_up_to = 0
 
     def register_buffer(self, fd: int, *, generation: int, rank: int, world_size: int) -> None:
-        """Take ownership of the snapshot buffer of a rank on this node, given its file descriptor."""
+        """Take ownership of the snapshot buffer of a rank on this node, given its file descriptor.
+
+        Of two ranks on this node that keep the same piece (`forge.train.snapshot_pieces`), the first one's is kept.
+        """
+        if (generation, rank) in self._replicas:
+            os.close(fd)
+            return
         self._replicas[generation, rank] = Replica(snapshot=SnapshotBuffer(fd), world_size=world_size)
 
     def find(self, *, generation: int, rank: int) -> SnapshotBuffer | None:
