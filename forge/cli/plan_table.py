@@ -37,7 +37,7 @@ def show_plan(plan: DraftPlan, *, to_stderr: bool = False) -> None:
             [
                 str(batch.world_size),
                 *([_ranks_of_sequence(batch)] if is_shared else []),
-                *([str(world.group_size)] if has_groups else []),
+                *(["none" if world.group_size == 1 else str(world.group_size)] if has_groups else []),
                 str(batch.micro_batch_size),
                 str(batch.gradient_accumulation_steps),
                 str(batch.padding),

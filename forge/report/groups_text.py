@@ -20,7 +20,7 @@ def group_facts(plan: DraftPlan) -> list[tuple[str, str]]:
 def _shard_groups(plan: DraftPlan) -> list[tuple[str, str]]:
     """Describe the groups that each hold the whole state; empty where `auto` or `all` has none."""
     wanted = plan.job.training.zero.shard_group_size
-    grouped = [world for world in plan.worlds if world.groups.num_shard_groups > 1]
+    grouped = [world for world in _without_spare(plan) if world.groups.num_shard_groups > 1]
     if not grouped and not isinstance(wanted, int):
         return []
     found = _sizes(plan, grouped, wanted=wanted, key="shard_group_size", size=lambda world: world.shard_group_size)
@@ -30,7 +30,7 @@ def _shard_groups(plan: DraftPlan) -> list[tuple[str, str]]:
 def _hpz(plan: DraftPlan) -> list[tuple[str, str]]:
     """Describe the groups of hpZ; empty where `auto` chose none."""
     wanted = plan.job.training.zero.hpz_partition_size
-    grouped = [world for world in plan.worlds if world.groups.hpz_partition_size > 1]
+    grouped = [world for world in _without_spare(plan) if world.groups.hpz_partition_size > 1]
     if not grouped and wanted in ("auto", 1):
         return []
     found = _sizes(
@@ -78,16 +78,22 @@ def _sizes(
 ) -> str:
     """Say which groups are at which numbers of workers, and who chose them."""
     if not grouped:
-        return f"no groups at any number of workers (training.zero.{key}: {wanted})"
+        listed = " listed" if plan.num_unlisted else ""
+        return f"no groups at any{listed} number of workers (training.zero.{key}: {wanted})"
     parts = [
         f"groups of {each} at {_numbers([world for world in grouped if size(world) == each])} workers"
         for each in sorted({size(world) for world in grouped}, reverse=True)
     ]
-    without = [world for world in plan.worlds if world not in grouped]
+    without = [world for world in _without_spare(plan) if world not in grouped]
     rest = f"; none at {_numbers(without)}" if without else ""
     rest += f"; {plan.num_unlisted:,} numbers of workers are not listed" if plan.num_unlisted else ""
     how = "by the estimated step" if wanted == "auto" else f"training.zero.{key}: {wanted}"
     return f"{', '.join(parts)}{rest} ({how})"
+
+
+def _without_spare(plan: DraftPlan) -> list[WorldSizePlan]:
+    """Return the numbers of workers at which all get a rank; at the others the groups are those of fewer ranks."""
+    return [world for world in plan.worlds if not world.num_spare]
 
 
 def _second_copy_bytes(plan: DraftPlan, world: WorldSizePlan) -> int:

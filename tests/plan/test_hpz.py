@@ -163,7 +163,7 @@ def test_forecast__spare_workers__as_long_as_without_them() -> None:
 
 def test_facts__groups_and_spare_workers__are_shown() -> None:
     facts = dict(plan_facts(planned(workers="16..17")))
-    assert facts["hpZ"].startswith("groups of 8 at 16 workers; none at 17 (by the estimated step)")
+    assert facts["hpZ"].startswith("groups of 8 at 16 workers (by the estimated step)")
     assert "1.63 GiB" in facts["hpZ"]
     assert facts["spare workers"].startswith("up to 1, which get no rank, at 17 workers")
     assert "hpZ" not in dict(plan_facts(planned(workers="1..8")))

@@ -141,10 +141,11 @@ def test_estimate__rings_of_a_machine__share_its_network_cards() -> None:
 
 def test_facts__groups__are_shown() -> None:
     facts = dict(plan_facts(planned(workers="16..17")))
-    text = "groups of 8 at 16 workers; none at 17 (by the estimated step); each group holds all of the state"
+    text = "groups of 8 at 16 workers (by the estimated step); each group holds all of the state"
     assert facts["shard groups"] == text
     assert facts["spare workers"].startswith("up to 1, which get no rank, at 17 workers")
     assert "shard groups" not in dict(plan_facts(planned("all", workers="16")))
+    assert "hpZ" not in dict(plan_facts(planned(workers="16..20")))  # of 20 workers 16 get a rank
     assert "no groups at any" in dict(plan_facts(planned(4, workers="1..3", hardware=CPU)))["shard groups"]
 
 
