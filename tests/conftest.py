@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from tests.support.cases import mark_further_cases
 from tests.support.peaks import set_shared_peaks
@@ -20,6 +21,10 @@ from tests.support.skips import unexpected_skips
 # CI, nohup and `&` start their children with SIGINT ignored, which is inherited. The tests that send SIGINT need
 # child processes with the default action; a handler, unlike SIG_IGN, is reset to the default by exec.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# No test is timed: an example may take long on a busy machine.
+settings.register_profile("forge", deadline=None)
+settings.load_profile("forge")
 
 TESTS = Path(__file__).parent
 ALONE = (
