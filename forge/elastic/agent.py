@@ -32,6 +32,7 @@ from forge.elastic.workers.status_page import StatusField
 from forge.elastic.workers.worker_group import WorkerGroup
 from forge.errors import RunError
 from forge.pricing.budget import read_mtbf_s, read_price, read_saving
+from forge.process import first_line
 
 # How long an agent lives without a supervisor: longer than Ray needs to restart one.
 _MAX_ALONE_S = 60.0
@@ -106,7 +107,7 @@ class Agent:
     # --- the supervisor
 
     async def _follow_supervisor(self) -> None:
-        """Stay connected to the supervisor and carry out its commands."""
+        """Stay connected to the supervisor and carry out its commands; the agent ends if one cannot be."""
         alone_since = time.monotonic()
         max_alone_s = _MAX_ALONE_S
         while time.monotonic() - alone_since < max_alone_s:
@@ -129,6 +130,10 @@ class Agent:
                 self._log_refusal(error)
                 max_alone_s = _MAX_ALONE_S
                 await asyncio.sleep(_RETRY_S)
+            except Exception as error:  # of a command: what it should have done is unknown, and the ranks must end
+                text = f"{type(error).__name__}: {first_line(error)}"
+                sys.stderr.write(f"a command of the supervisor cannot be carried out ({text}); the agent ends\n")
+                break
             finally:
                 if heartbeats is not None:
                     heartbeats.cancel()
