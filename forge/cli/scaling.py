@@ -126,7 +126,7 @@ def plan_size(request: SizingRequest) -> None:
     from forge.cli.scaling_table import show_sizing, sizing_notes, sizing_record
     from forge.config.dump import dump_plain
     from forge.plan.scaling import BESIROGLU
-    from forge.plan.sized_job import job_comment, require_sizable, sized_job, vocab_size_of
+    from forge.plan.sized_job import job_comment, left_out_note, require_sizable, sized_job, vocab_size_of
     from forge.plan.sizing import Goal, patient_run
     from forge.runs.scaling_runs import read_law
 
@@ -147,6 +147,7 @@ def plan_size(request: SizingRequest) -> None:
     text = job_comment(run) + dump_plain(sized_job(run, base=base))
     is_replaced = _write_job(path, text)
     notes += sizing_notes(run)
+    notes += [note] if (note := left_out_note(base)) is not None else []
     if request.output is Output.JSON:
         display.print_json(sizing_record(run, notes=notes) | {"job_file": str(path)})
     else:

@@ -8,6 +8,7 @@ from typing import Any
 
 from forge.errors import PlanError
 from forge.plan.sizing import SizedRun
+from forge.plan.speed import fp8_gpu_problem
 from forge.units import format_count
 
 HEADER = "# Written by `forge plan`"
@@ -59,7 +60,12 @@ def sized_job(run: SizedRun, *, base: Mapping[str, Any]) -> dict[str, Any]:
     The sections of the base stay but for what the size decides: the keys of the model's shape, the length, batch,
     learning rate, warm-up, ZeRO stage, activation checkpointing, precision, the interval of evaluation, and the
     workers and their GPU.
+
+    Raises: PlanError if the base asks for products in fp8, which the GPU cannot compute.
     """
+    problem = fp8_gpu_problem(run.machines.gpu) if base["training"].get("fp8") else None
+    if problem is not None:
+        raise PlanError(f"{problem}; name another GPU with --gpu, or use false", job_key="training.fp8")
     shape = asdict(run.shape)
     if "vocab_size" not in base["model"]:
         del shape["vocab_size"]  # the tokenizer's
@@ -94,6 +100,14 @@ def sized_job(run: SizedRun, *, base: Mapping[str, Any]) -> dict[str, Any]:
         "training": training,
         "resources": resources,
     }
+
+
+def left_out_note(base: Mapping[str, Any]) -> str | None:
+    """Say which keys of `training.zero` the job of a sized run leaves out; None if there are none."""
+    keys = [f"training.zero.{key}" for key in base["training"].get("zero", {}) if key != "stage"]
+    if not keys:
+        return None
+    return f"left out: {', '.join(keys)}; how the state is divided follows from the size and the machines"
 
 
 def job_comment(run: SizedRun) -> str:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from forge.config.job import JobSpec
 from forge.errors import PlanError
 from forge.objective.registry import OBJECTIVES
-from forge.plan.gpus import FP8_CAPABILITY, find_gpu
+from forge.plan.gpus import FP8_CAPABILITY, Gpu, find_gpu
 from forge.plan.inputs import PLAIN_ATTENTION_TOKENS, HardwareInfo, ModelInfo
 
 LIGER_MODELS = frozenset({"gemma", "granite", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3", "smollm3"})
@@ -204,9 +204,8 @@ def _fp8_problem(job: JobSpec, model: ModelInfo, hardware: HardwareInfo) -> str 
     if hardware.device != "cuda":
         return "products in fp8 need a GPU"
     gpu = find_gpu(hardware.name)
-    if gpu is not None and gpu.compute_capability < FP8_CAPABILITY:
-        needed, has = (".".join(map(str, one)) for one in (FP8_CAPABILITY, gpu.compute_capability))
-        return f"products in fp8 need GPUs of compute capability {needed} or above, and {gpu.name} has {has}"
+    if gpu is not None and (problem := fp8_gpu_problem(gpu)) is not None:
+        return problem
     if job.training.precision != "bf16":
         return f"products in fp8 have results in bf16, and training.precision is {job.training.precision}"
     if job.model.lora is not None:
@@ -223,6 +222,14 @@ def _fp8_problem(job: JobSpec, model: ModelInfo, hardware: HardwareInfo) -> str 
         others = "".join(f"; {count} {reason}" for reason, count in _left_out(model).items())
         return f"{model.class_name} has no torch.nn.Linear in its repeated layers that can{others}"
     return None
+
+
+def fp8_gpu_problem(gpu: Gpu) -> str | None:
+    """Return why a GPU cannot compute products in fp8; None if it can."""
+    if gpu.compute_capability >= FP8_CAPABILITY:
+        return None
+    needed, has = (".".join(map(str, one)) for one in (FP8_CAPABILITY, gpu.compute_capability))
+    return f"products in fp8 need GPUs of compute capability {needed} or above, and {gpu.name} has {has}"
 
 
 def _left_out(model: ModelInfo) -> Mapping[str, int]:

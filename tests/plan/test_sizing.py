@@ -14,7 +14,7 @@ from forge.plan.forecast import gpu_hardware
 from forge.plan.machines import Machines, offered_machines
 from forge.plan.plan import make_plan
 from forge.plan.scaling import BESIROGLU
-from forge.plan.sized_job import BASE_JOB, job_comment, require_sizable, sized_job, vocab_size_of
+from forge.plan.sized_job import BASE_JOB, job_comment, left_out_note, require_sizable, sized_job, vocab_size_of
 from forge.plan.sizing import PATIENCE_HOURS, Goal, Limit, patient_run, size_run
 from forge.pricing.offer import Offer
 from tests.support.jobs import UNPREPARED
@@ -157,6 +157,21 @@ def test_job__with_sections_of_its_own__kept() -> None:
     assert job["training"]["optimizer"]["name"] == "lion"
     assert job["training"]["seed"] == 7
     assert job["checkpoint"] == {"keep": 9}
+
+
+def test_job__products_in_fp8__refused_for_a_gpu_without_them() -> None:
+    base = {**BASE_JOB, "training": {"fp8": True}}
+    a100 = [dataclasses.replace(H100, gpu="A100-80GB", instance="p4de.24xlarge")]
+    goal = Goal(limit=Limit(kind="usd", amount=100))
+    with pytest.raises(PlanError, match=r"^training\.fp8: .* A100-80GB has 8\.0; name another GPU with --gpu"):
+        sized_job(patient_run(goal, offered_machines(a100, spot=False)), base=base)
+    assert sized_job(patient_run(goal, ladder()), base=base)["training"]["fp8"] is True
+
+
+def test_left_out_note__keys_of_zero__are_named() -> None:
+    base = {**BASE_JOB, "training": {"zero": {"stage": 3, "shard_group_size": 8}}}
+    assert (left_out_note(base) or "").startswith("left out: training.zero.shard_group_size; ")
+    assert left_out_note({**BASE_JOB, "training": {"zero": {"stage": 3}}}) is None
 
 
 @pytest.mark.parametrize("size", ["abc", 0, -5, 2.5])
