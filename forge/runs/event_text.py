@@ -123,7 +123,7 @@ def describe_start(event: Mapping[str, Any]) -> str:
     if (groups := event.get("num_shard_groups", 1)) > 1:
         text += f"; {groups} groups each hold the whole state"
         is_replica = event.get("parts_per_shard")
-        text += ", which replaces replicas" if is_replica else ", on too few nodes to be replicas"
+        text += ", which replaces replicas" if is_replica else ", on too few or too unequal nodes to be replicas"
     return text
 
 

@@ -132,6 +132,8 @@ class Engine:
         self.device: torch.device = engine.device
         self.before_update: Callable[[], None] = lambda: None
         """Called before the training state changes."""
+        self.before_reduce: Callable[[], None] = lambda: None
+        """Called before the all-reduce that ends a step; no rank leaves that before all ranks have called this."""
         self.on_progress: Callable[[], None] = lambda: None
         """Called before and after each operation that may wait for other ranks."""
         is_partitioned = engine.zero_optimization_stage() == 3
@@ -194,6 +196,7 @@ class Engine:
             self.state.update_average(decay=self._training.ema.decay, step=step)
         norm = engine.get_global_grad_norm() if own_norm is None else own_norm
         grad_norm = float("nan" if norm is None else norm)
+        self.before_reduce()
         figures = (peak_memory_gib(self.device), snapshot_cost_s(), *([grad_norm] if self._groups else []))
         shared = self._all_reduce(sums, figures=figures, requests=requests())
         self.own_time.end_step()

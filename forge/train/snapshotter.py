@@ -145,6 +145,18 @@ class Snapshotter:
         for copier in self._copiers:
             copier.hold_update()
 
+    def complete(self) -> None:
+        """Wait until the last snapshot is complete, as training may not go on without it.
+
+        Where no replicas are sent, no other node has a rank's snapshot before the last. A faster rank begins the
+        next one, and overwrites it, only after all ranks have passed here; else, if all ranks were killed then,
+        some would have step s and half of s + 1, others s - 1 and half of s, and no step would be whole.
+        """
+        if self._pending is not None and self._pending.thread is not None and self._pending.thread.is_alive():
+            began = time.monotonic()
+            self.join()
+            self._count_stall(self._pending, began)
+
     def join(self) -> None:
         """Wait until the last snapshot is complete and published."""
         if self._pending is not None and self._pending.thread is not None:

@@ -222,6 +222,8 @@ def _checkpointer(
         unacked_metrics=lambda: elastic.replica_client.metadata().get("metrics", ()) if elastic is not None else (),
     )
     engine.before_update = checkpointer.settle
+    if elastic is not None and elastic.parts_per_shard and snapshots is not None:
+        engine.before_reduce = snapshots.snapshotter.complete
     if elastic is not None:
         engine.on_progress = checkpointer.on_wait = elastic.on_progress
         if elastic.on_own_time is not None:

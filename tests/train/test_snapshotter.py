@@ -150,6 +150,20 @@ def test_settle__waits_for_copy_not_for_replication() -> None:
         assert not agent.is_asked.is_set()
 
 
+def test_complete__copy_runs__waits_and_counts_as_cost() -> None:
+    state, agent = Weights(LARGE_BYTES), Agent()
+    with copying(state, agent) as snapshotter:
+        snapshotter.complete()  # before the first snapshot
+        state.may_continue.clear()
+        begun = begin(snapshotter, state, 1)
+        timer = threading.Timer(0.02, state.may_continue.set)
+        timer.start()
+        snapshotter.complete()
+        assert list(whole(snapshotter)) == [1]
+        assert agent.calls == [("published", 1)]
+        assert begun.stall_s > 0.005
+
+
 def test_begin__previous_not_replicated__waits() -> None:
     state, agent = Weights(), Agent()
     with copying(state, agent) as snapshotter:
