@@ -152,7 +152,9 @@ def decide(state: MembershipState, event: Event, *, now: float) -> Decision:
 def newest_complete_step(state: MembershipState) -> ReplicatedStep | None:
     """The newest step of which every rank's snapshot is complete in some node's memory."""
     held = set[ReplicaLocation]().union(*(node.replicas for node in state.nodes.values()))
-    num_ranks = Counter((step, generation, world_size) for generation, _, world_size, step in held)
+    num_ranks = Counter(
+        (step, generation, world_size) for generation, rank, world_size, step in held if 0 <= rank < world_size
+    )
     newest = max((key for key, count in num_ranks.items() if count == key[2]), default=None)
     return newest and ReplicatedStep(step=newest[0], generation=newest[1], world_size=newest[2])
 

@@ -156,6 +156,6 @@ def holders(generation: int, *, world_size: int, step: int, state: MembershipSta
     wanted = (generation, world_size, step)
     for name, node in state.nodes.items():
         for held in node.replicas:
-            if (held.generation, held.world_size, held.step) == wanted:
+            if (held.generation, held.world_size, held.step) == wanted and held.rank in found:
                 found[held.rank].append(name)
     return found

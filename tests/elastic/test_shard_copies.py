@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from forge.elastic.membership import newest_complete_step
 from forge.elastic.shard_copies import parts_per_shard
-from forge.elastic.source_shards import SourceReader
+from forge.elastic.source_shards import SourceReader, holders
+from forge.elastic.states import MemberNode, MembershipState, ReplicaLocation, ReplicatedStep
 from forge.plan.parameter_groups import OptimizerState
 from forge.plan.rank_groups import RankGroups, most_parts_per_shard
 from forge.plan.snapshot_memory import num_copies_in_memory, snapshot_bytes
@@ -57,6 +59,16 @@ def test_parts_per_shard__none__planned_memory_is_enough_for_copies_that_are_sen
         for number in (1, groups)
     )
     assert sent <= planned + 1
+
+
+def test_newest_complete_step__numbers_beyond_the_pieces__do_not_count() -> None:
+    def held(*numbers: int, step: int) -> frozenset[ReplicaLocation]:
+        return frozenset(ReplicaLocation(generation=1, rank=number, world_size=2, step=step) for number in numbers)
+
+    node = MemberNode(num_slots=1, replicas=held(0, 1, 2, step=3) | held(0, 2, step=4) | held(-1, 1, step=5))
+    state = MembershipState(min_workers=1, max_workers=1, nodes={"a": node})
+    assert newest_complete_step(state) == ReplicatedStep(step=3, generation=1, world_size=2)
+    assert holders(1, world_size=2, step=3, state=state) == {0: ["a"], 1: ["a"]}
 
 
 def test_start_commands__several_copies__are_read_from_different_nodes() -> None:
