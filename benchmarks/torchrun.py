@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import IO, Any
 
-from forge.elastic.workers.fork_client import ALLOCATOR_SETTINGS
+from forge.elastic.workers.allocator import allocator_settings
 
 LIMIT_S = 1800.0
 _LOCK_AGE_S = 600.0
@@ -33,7 +33,7 @@ def run_under_torchrun(
         text=True,
         stdout=stdout,
         stderr=subprocess.DEVNULL if quiet else None,
-        env=ALLOCATOR_SETTINGS | os.environ | {"OMP_NUM_THREADS": "1"},  # as forge's ranks have them
+        env=allocator_settings() | os.environ | {"OMP_NUM_THREADS": "1"},  # as forge's ranks have them
         timeout=LIMIT_S,
     )
     return done.stdout or ""

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from forge.elastic.workers.fork_client import ALLOCATOR_SETTINGS, ForkServerPool
+from forge.elastic.workers.allocator import allocator_settings
+from forge.elastic.workers.fork_client import ForkServerPool
 
 
 def test_fork_server__cannot_import_what_the_plan_needs__says_how_it_ended(tmp_path: Path) -> None:
@@ -40,8 +41,24 @@ def test_fork_server__c_library__keeps_memory_unless_the_user_says_otherwise(
         return dict(word.split("=", 1) for word in words if word)
 
     found = asyncio.run(environment())
-    assert {name: found[name] for name in ALLOCATOR_SETTINGS} == {
-        "MALLOC_MMAP_THRESHOLD_": str(32 * 2**20),
-        "MALLOC_TRIM_THRESHOLD_": "1000",
-        "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+    assert {name: found[name] for name in allocator_settings()} == allocator_settings() | {
+        "MALLOC_TRIM_THRESHOLD_": "1000"
     }
+
+
+@pytest.mark.parametrize(
+    ("version", "threshold", "has_huge_pages"),
+    [
+        ("glibc 2.36", 2**30, True),
+        ("glibc 2.35", 2**30, True),
+        ("glibc 2.31", 32 * 2**20, False),
+        (None, 32 * 2**20, False),
+    ],
+)
+def test_allocator_settings__older_library__threshold_that_it_accepts(
+    version: str | None, threshold: int, has_huge_pages: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.confstr", lambda name: version)
+    found = allocator_settings()
+    assert found["MALLOC_MMAP_THRESHOLD_"] == str(threshold)
+    assert ("GLIBC_TUNABLES" in found) == has_huge_pages

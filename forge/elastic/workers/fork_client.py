@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from forge.elastic.workers.allocator import allocator_settings
 from forge.foreign import read_file_end
 from forge.process import is_alive, open_log
 
@@ -25,18 +26,6 @@ _ENVIRONMENT = {
     "JE_ARROW_MALLOC_CONF": "background_thread:false",
 }
 
-ALLOCATOR_SETTINGS = {
-    "MALLOC_MMAP_THRESHOLD_": str(32 * 2**20),
-    "MALLOC_TRIM_THRESHOLD_": str(2**40),
-    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
-}
-"""For the C library of ranks: keep the memory of a step for the next one, and take it in huge pages.
-
-By default glibc returns and maps thousands of pages again in every step, which took 5 to 30 % of a step's time on
-CPU. Blocks of 32 MiB or more are still mapped one by one, and returned. Variables that are set already are left.
-
-Source: mallopt(3), and "Memory Allocation Tunables" of the GNU C Library's manual; benchmarks/RESULTS.md.
-"""
 _MAX_LAST_LINE_BYTES = 2000
 _END_S = 10.0
 """How long a process may take to end after its socket was closed."""
@@ -149,7 +138,7 @@ def start_fork_server(plan_json: str, *, log: Path) -> ForkServer:
             stdout=output,
             stderr=subprocess.STDOUT,
             pass_fds=[theirs.fileno(), plan_fd],
-            env=ALLOCATOR_SETTINGS | os.environ | _ENVIRONMENT,
+            env=allocator_settings() | os.environ | _ENVIRONMENT,
         )
     theirs.close()
     os.close(plan_fd)
