@@ -41,17 +41,18 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             chunk, goals = hidden[start : start + rows], targets[start : start + rows]
             kept = goals != IGNORED
             index = goals.where(kept, 0).unsqueeze(1)
-            logits = F.linear(chunk, weight, bias).float()
-            largest = logits.amax(dim=1, keepdim=True)
-            goal_logits = logits.gather(1, index)
-            powers = logits.sub_(largest).exp_()
-            sums = powers.sum(dim=1, keepdim=True)
-            total += ((sums.log() + largest - goal_logits) * kept.unsqueeze(1)).sum()
+            logits = F.linear(chunk, weight, bias)
+            probabilities = torch.softmax(logits, dim=1, dtype=torch.float32)
+            # log Σ exp(logits) = largest logit - log of its probability, which is at least 1 / V
+            largest = logits.amax(dim=1, keepdim=True).float()
+            log_sums = largest - probabilities.amax(dim=1, keepdim=True).log()
+            total += ((log_sums - logits.gather(1, index).float()) * kept.unsqueeze(1)).sum()
             if grad_hidden is None:
                 continue
             # d loss / d logits = softmax - one-hot, for the rows that count.
-            grad_logits = powers.mul_(kept.unsqueeze(1) / sums)
-            grad_logits.scatter_add_(1, index, -kept.unsqueeze(1).float())
+            grad_logits = probabilities.scatter_add_(1, index, -torch.ones_like(log_sums))
+            if grad_logits.is_cuda or not kept.all():  # a GPU would wait for the answer
+                grad_logits *= kept.unsqueeze(1)
             grad_low = grad_logits.to(hidden.dtype)
             torch.mm(grad_low, weight, out=grad_hidden[start : start + rows])
             if grad_weight is not None:
