@@ -257,7 +257,8 @@ class PlacementManager:
             if table.get(group.id.hex(), {}).get("state") == "REMOVED":
                 del self._groups[name]
         self._ensure(self._base, self._low)
-        nodes = {name: _nodes_of(_table(), group) for name, group in self._groups.items()}
+        table = _table()  # once: with thousands of groups each has thousands of entries
+        nodes = {name: _nodes_of(table, group) for name, group in self._groups.items()}
         num_leaving = sum(node_id in self._leaving for node_ids in nodes.values() for node_id in node_ids)
         target = self._wanted - self._low + num_leaving + self._num_extra
         singles = [name for name in self._groups if name != self._base]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -92,3 +93,25 @@ def test_slots_of__agent_lost_and_another_one_on_its_node__found_by_name_only(
         assert ray.manager.slots_of("next") == (1, 1)
 
     run_with_node(ray, script)
+
+
+def test_shape_groups__many_workers__reads_all_groups_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[None] = []
+
+    def group(bundles: list[Any], **options: Any) -> Any:
+        return SimpleNamespace(id=SimpleNamespace(hex=lambda: options["name"]))
+
+    def table() -> dict[str, Any]:
+        asked.append(None)
+        return {}
+
+    shape_groups = PlacementManager._shape_groups
+    manager = Ray(monkeypatch).manager
+    manager._low, manager._wanted = 1, 50
+    monkeypatch.setattr(placement, "placement_group", group)
+    monkeypatch.setattr(placement, "_table", table)
+    shape_groups(manager)
+    assert len(manager._groups) == 50
+    asked.clear()
+    shape_groups(manager)
+    assert len(asked) == 2  # before and after the group of the minimum is made
