@@ -35,12 +35,13 @@ def test_fork_server__c_library__keeps_memory_unless_the_user_says_otherwise(
     async def environment() -> dict[str, str]:
         server = ForkServerPool(log=tmp_path / "logs" / "fork-server.log").take("{}")
         try:
-            words = Path(f"/proc/{server._pid}/environ").read_text().split("\0")
+            while not (text := Path(f"/proc/{server._pid}/environ").read_text()):
+                await asyncio.sleep(0.01)  # the kernel has not completed its start
         finally:
             server.kill()
-        return dict(word.split("=", 1) for word in words if word)
+        return dict(word.split("=", 1) for word in text.split("\0") if word)
 
-    found = asyncio.run(environment())
+    found = asyncio.run(asyncio.wait_for(environment(), timeout=60))
     assert {name: found[name] for name in allocator_settings()} == allocator_settings() | {
         "MALLOC_TRIM_THRESHOLD_": "1000"
     }
