@@ -12,7 +12,7 @@ from forge.plan.rank_groups import most_parts_per_shard
 
 
 def parts_per_shard(assignment: Sequence[str], *, num_shard_groups: int) -> int:
-    """Return of how many parts of its shard a rank keeps one, if that leaves every part on two nodes; else 0.
+    """Return into how many parts shards are divided in memory, if every part is then on two nodes; else 0.
 
     Fewer and larger parts might be on two nodes where these are not, but take more host memory than the plan says.
 

@@ -36,8 +36,10 @@ NO_GROUPS = RankGroups()
 
 
 def most_parts_per_shard(num_shard_groups: int) -> int:
-    """Return of how many parts of its shard a rank may keep one in memory, so that there are at least two copies; 0
-    without shard groups."""
+    """Return the largest number of parts into which a shard may be divided in memory, one for each of its ranks.
+
+    At least two copies of each part exist then; 0 without shard groups.
+    """
     return min(num_shard_groups // 2, _MOST_PARTS)
 
 

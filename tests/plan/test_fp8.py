@@ -14,6 +14,7 @@ from forge.plan.memory import OptimizerState, estimate_memory
 from forge.plan.plan import Plan, make_plan, plan_from_json, plan_to_json
 from forge.pricing.offers import OfferTable
 from forge.report.speed_text import speed_facts
+from forge.report.text import plan_facts
 from tests.support.jobs import CPU, UNPREPARED, tiny_facts, tiny_job
 from tests.support.offers import offer
 
@@ -80,7 +81,8 @@ def test_plan__fp8_that_cannot_be__refused_by_name(
 
 @pytest.mark.parametrize("name", ["H100", "NVIDIA L4", "RTX-4090", "B200", "NVIDIA L40S"])
 def test_plan__gpu_with_fp8__is_planned(name: str) -> None:
-    planned(hardware=HardwareInfo(device="cuda", name=name, memory_bytes=None, peak_flops=None))
+    plan = planned(hardware=HardwareInfo(device="cuda", name=name, memory_bytes=None, peak_flops=None))
+    assert "fp8" in dict(plan_facts(plan))
 
 
 def test_candidates__gpus_without_fp8__are_left_out_with_the_reason() -> None:

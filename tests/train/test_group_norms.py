@@ -23,8 +23,9 @@ def test_norms__rounding__named_once(groups: ShardGroups, capfd: pytest.CaptureF
     assert capfd.readouterr().err == "step 2: norms of gradients differ between shard groups by 2e-07\n"
 
 
-def test_norms__not_finite__is_left_to_the_loop(groups: ShardGroups) -> None:
+def test_norms__not_finite__is_left_to_the_loop(groups: ShardGroups, capfd: pytest.CaptureFixture[str]) -> None:
     groups.compare_norms([float("nan")] * 4, step=1)
+    assert capfd.readouterr().err == ""
 
 
 def test_norms__other_states__end_the_run(groups: ShardGroups) -> None:
