@@ -15,7 +15,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from forge.config.training import ZeroSpec
+from forge.config.zero import ZeroSpec
 
 _MOST_SIZES = 8
 _MOST_PARTS = 8

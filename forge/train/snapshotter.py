@@ -3,8 +3,8 @@
 Only an update changes the state (except buffers, which are copied at once), so `begin` returns immediately, a
 thread copies, and `settle`, called before every update, waits for the rest; on a GPU it is the GPU that waits
 (`forge.train.snapshot_copy`). Training pays only for that wait. A `ReplicaClient` keeps snapshots beyond the life
-of the rank, on this machine and on another; without one they serve checkpoints only. Which parts of the
-state a rank copies says `forge.train.snapshot_pieces`.
+of the rank, on this machine and on another; without one they serve checkpoints only. `forge.train.snapshot_pieces`
+says which parts of the state a rank copies.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from forge.config.training import ZeroSpec
+from forge.config.zero import ZeroSpec
 from forge.errors import PlanError
 from forge.plan.by_world_size import ByWorldSize
 from forge.plan.cluster_links import ClusterLinks
