@@ -103,6 +103,11 @@ class SnapshotBuffer:
         # An aligned word of 8 bytes is written atomically: a reader sees the step or 0.
         struct.pack_into("<q", self._memory, start, step)
 
+    def steps(self) -> list[int]:
+        """Return the steps of the complete snapshots, by slot; cheap enough to be asked all the time."""
+        found = (_SLOT.unpack_from(self._memory, self._slot_start(slot))[0] for slot in range(NUM_SLOTS))
+        return [step for step in found if step > 0]
+
     def snapshots(self) -> list[Snapshot]:
         """Return the complete snapshots according to the slot headers, newest first."""
         found = []

@@ -28,6 +28,8 @@ from forge.runtime.actor_names import SUPERVISOR
 
 _log = logging.getLogger(__name__)
 _POLL_S = 0.5
+# While the run has all slots that it wants, and no node of it leaves: each look at Ray's tables costs 5 ms of CPU.
+_SETTLED_POLL_S = 2.0
 # How long to wait for the minimum number of workers before other runs are asked to release slots.
 _PATIENCE_S = 1.0
 _ASK_AGAIN_S = 2.0
@@ -93,7 +95,7 @@ class PlacementManager:
         self._wanted, self._num_extra = high, 0
         self._asked_at = 0.0
         self._pending_since: float | None = None
-        self._is_stopped = False
+        self._is_stopped = self._is_settled = False
         self._wakes = asyncio.Event()
         self._calls: set[asyncio.Task[None]] = set()
 
@@ -110,7 +112,8 @@ class PlacementManager:
             except ray.exceptions.RayError as error:  # Ray's control store may be busy; the next round tries again
                 _log.warning("Ray did not answer: %s", error)
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._wakes.wait(), timeout=_POLL_S)
+                poll_s = _SETTLED_POLL_S if self._is_settled else _POLL_S
+                await asyncio.wait_for(self._wakes.wait(), timeout=poll_s)
             self._wakes.clear()
 
     def slots_of(self, node: str) -> tuple[int, int] | None:
@@ -208,10 +211,11 @@ class PlacementManager:
         task.add_done_callback(self._calls.discard)
 
     async def _reconcile_once(self) -> None:
+        self._is_settled = False
         draining = await asyncio.to_thread(_draining)
         self._leaving |= draining.keys()
-        await asyncio.to_thread(self._shape_groups)
-        allocations = await asyncio.to_thread(self._allocations)
+        table = await asyncio.to_thread(self._shape_groups)
+        allocations = await asyncio.to_thread(self._allocations, table)
         for node_id, allocation in allocations.items():
             known = self._agents.get(node_id)
             if known is not None:
@@ -226,6 +230,9 @@ class PlacementManager:
                 self._on_draining(self._agents[node_id][0], seconds_left)
         num_guaranteed = sum(allocation.num_guaranteed for allocation in allocations.values())
         await self._ask_others(has_minimum=num_guaranteed >= self._low)
+        num_slots = sum(allocation.num_slots for allocation in allocations.values())
+        has_all = num_slots >= self._wanted + self._num_extra and allocations.keys() == self._agents.keys()
+        self._is_settled = has_all and not draining
 
     async def _update(self, node_id: str, allocation: Allocation) -> None:
         """Tell the supervisor if the slots of an agent's node have changed."""
@@ -250,14 +257,20 @@ class PlacementManager:
         else:
             self._in_thread(self._end_agent, handle)
 
-    def _shape_groups(self) -> None:
-        """List the groups: the minimum, each further worker, and a replacement for each slot on a leaving node."""
+    def _shape_groups(self) -> Mapping[str, Any]:
+        """Make the groups: the minimum, each further worker, and a replacement for each slot on a leaving node.
+
+        Returns: Ray's table of all groups, in which these are. It is read as rarely as possible: with thousands of
+            groups it has thousands of entries.
+        """
         table = _table()
         for name, group in list(self._groups.items()):  # removed as an orphan by another run
             if table.get(group.id.hex(), {}).get("state") == "REMOVED":
                 del self._groups[name]
-        self._ensure(self._base, self._low)
-        table = _table()  # once: with thousands of groups each has thousands of entries
+        if self._base not in self._groups:
+            self._make(self._base, self._low)
+            table = _table()
+        before = set(self._groups)
         nodes = {name: _nodes_of(table, group) for name, group in self._groups.items()}
         num_leaving = sum(node_id in self._leaving for node_ids in nodes.values() for node_id in node_ids)
         target = self._wanted - self._low + num_leaving + self._num_extra
@@ -279,7 +292,8 @@ class PlacementManager:
         while len(singles) < target:
             self._num_groups += 1
             singles.append(f"forge-{self._run_id}-{self._num_groups}")
-            self._ensure(singles[-1], 1)
+            self._make(singles[-1], 1)
+        return table if self._groups.keys() == before else _table()
 
     @property
     def _base(self) -> str:
@@ -288,11 +302,10 @@ class PlacementManager:
     def _used_on(self, node_id: str) -> int:
         return self._used.get(self._agents[node_id][0], 0)
 
-    def _ensure(self, name: str, size: int) -> None:
-        if name not in self._groups:
-            self._groups[name] = placement_group(
-                [{self._resource: 1.0}] * size, strategy="PACK", name=name, lifetime="detached"
-            )
+    def _make(self, name: str, size: int) -> None:
+        self._groups[name] = placement_group(
+            [{self._resource: 1.0}] * size, strategy="PACK", name=name, lifetime="detached"
+        )
 
     def _find_groups(self) -> None:
         """Find the groups that an earlier supervisor of this run has made."""
@@ -315,9 +328,8 @@ class PlacementManager:
                 with contextlib.suppress(ValueError):  # it was removed in between
                     remove_placement_group(ray.util.get_placement_group(name))
 
-    def _allocations(self) -> dict[str, Allocation]:
+    def _allocations(self, table: Mapping[str, Any]) -> dict[str, Allocation]:
         """Slots by node, of the nodes that Ray believes alive."""
-        table = _table()
         alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
         slots = Counter(node_id for group in self._groups.values() for node_id in _nodes_of(table, group))
         guaranteed = Counter(_nodes_of(table, self._groups[self._base]))

@@ -31,6 +31,7 @@ def test_snapshots__two_slots__newest_first() -> None:
         fill(snapshot, step=step, slot=step % 2)
         assert [copy.step for copy in snapshot.snapshots()] == [step, *([step - 1] if step > 1 else [])]
         assert all(snapshot.is_intact(copy) for copy in snapshot.snapshots())
+        assert sorted(snapshot.steps()) == sorted(copy.step for copy in snapshot.snapshots())
 
 
 def test_snapshots__incomplete_slot__is_ignored() -> None:

@@ -32,8 +32,8 @@ class Ray:
         )
         monkeypatch.setattr(placement, "_draining", lambda: dict(self.draining))
         monkeypatch.setattr(placement, "_mark_draining", self.draining.__setitem__)
-        monkeypatch.setattr(self.manager, "_shape_groups", lambda: None)
-        monkeypatch.setattr(self.manager, "_allocations", lambda: {"ray-1": HERE})
+        monkeypatch.setattr(self.manager, "_shape_groups", dict)
+        monkeypatch.setattr(self.manager, "_allocations", lambda table: {"ray-1": HERE})
 
     async def replace(self, node: str, *, seconds_left: float | None) -> None:
         self.manager.replace_node(node, seconds_left=seconds_left)
@@ -114,4 +114,22 @@ def test_shape_groups__many_workers__reads_all_groups_once(monkeypatch: pytest.M
     assert len(manager._groups) == 50
     asked.clear()
     shape_groups(manager)
-    assert len(asked) == 2  # before and after the group of the minimum is made
+    assert len(asked) == 1  # they are all there
+    manager._num_extra, manager._num_groups = 1, 49
+    asked.clear()
+    shape_groups(manager)
+    assert len(manager._groups) == 51
+    assert len(asked) == 2  # again after another one was made, so that it is used at once
+
+
+@pytest.mark.parametrize(
+    ("num_slots", "draining", "is_settled"), [(1, {}, True), (2, {}, False), (1, {"ray-1": 30.0}, False)]
+)
+def test_reconcile__all_slots_and_nothing_drained__looks_at_the_tables_less_often(
+    num_slots: int, draining: dict[str, float | None], is_settled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ray = Ray(monkeypatch)
+    ray.manager._wanted = num_slots
+    ray.draining = draining
+    run_with_node(ray, ray.manager._reconcile_once)
+    assert ray.manager._is_settled == is_settled

@@ -55,9 +55,9 @@ class ReplicaStore:
     def locations(self) -> frozenset[ReplicaLocation]:
         """Every complete snapshot."""
         return frozenset(
-            ReplicaLocation(generation=generation, rank=rank, world_size=replica.world_size, step=copy.step)
+            ReplicaLocation(generation=generation, rank=rank, world_size=replica.world_size, step=step)
             for (generation, rank), replica in self._replicas.items()
-            for copy in replica.snapshot.snapshots()
+            for step in replica.snapshot.steps()
         )
 
     def reject_up_to(self, generation: int) -> None:

@@ -13,6 +13,9 @@ from forge.elastic.workers.status_page import StatusField, StatusPage
 from forge.limits import out_of_memory_kills
 from forge.process import is_suspended
 
+# A rank that has made progress since then is not suspended: the kernel takes 1 ms to describe a large process.
+_SUSPECT_MS = 1000
+
 
 @dataclass(slots=True, kw_only=True)
 class RankProcess:
@@ -54,5 +57,5 @@ class RankProcess:
         """Return rank, ms since its last progress, last step, its duration in ns, is suspended."""
         status = self.status
         silent_ms = (time.monotonic_ns() - max(status[StatusField.PROGRESS_NS], self.started_ns)) // 10**6
-        suspended = self.pid is not None and is_suspended(self.pid)
+        suspended = silent_ms >= _SUSPECT_MS and self.pid is not None and is_suspended(self.pid)
         return [self.rank, silent_ms, status[StatusField.STEP], status[StatusField.STEP_NS], int(suspended)]
