@@ -169,7 +169,7 @@ def submission(cluster: SshCluster, folder: Path) -> float:
     ) as client:
         assert client.stderr is not None
         for line in client.stderr:
-            if "carried by process" in line:
+            if "driver: process" in line:
                 break
         seconds = time.monotonic() - began
         client.send_signal(signal.SIGINT)

@@ -42,7 +42,8 @@ from forge.chaos.faults import give_notice
 from forge.chaos.processes import RunProcesses, processes_of, suspend
 from forge.cluster.local.ray_cluster import add_node, kill_node, start_head_alone, stop_local
 from forge.process import is_alive
-from forge.runs.reader import driver_pid, follow
+from forge.runs.lock import driver_pid
+from forge.runs.reader import follow
 
 _CORPUS_WORDS = 200_000
 _LEXICON_WORDS = 2_000

@@ -20,8 +20,9 @@ import psutil
 from forge.cluster.local.ray_cluster import find_local
 from forge.errors import ArgumentError
 from forge.process import has_open
+from forge.runs.lock import LOCK, driver_pid
 from forge.runs.nodes import nodes_now
-from forge.runs.reader import LOCK, driver_pid, read_run
+from forge.runs.reader import read_run
 from forge.runs.remote_ref import read_remote_ref
 
 # Of a process that is slowed down: shorter than a forward pass, so that every one is slowed.

@@ -261,7 +261,8 @@ def _show_cluster_cost(plan: DraftPlan) -> None:
 def _find_resumable(request: Request) -> Path:
     from forge.config.load import load_job
     from forge.errors import ArgumentError
-    from forge.runs.reader import driver_pid, find_run, read_plan, search_folder
+    from forge.runs.lock import driver_pid
+    from forge.runs.reader import find_run, read_plan, search_folder
 
     job_file, name = request.file, request.resume or ""
     root = Path(load_job(job_file, overrides=request.overrides).job.checkpoint.runs) if job_file else Path("runs")

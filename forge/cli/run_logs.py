@@ -57,8 +57,9 @@ def _print_file(folder: Path, *, name: str, lines: int, follow: bool, warnings: 
     from forge.cli import display
     from forge.errors import ArgumentError
     from forge.remote.mirror import remote_log
+    from forge.runs.lock import driver_pid
     from forge.runs.logs import follow_log, last_lines, log_size
-    from forge.runs.reader import driver_pid, search_folder
+    from forge.runs.reader import search_folder
     from forge.runs.remote_ref import read_remote_ref
 
     if read_remote_ref(folder) is not None:

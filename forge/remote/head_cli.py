@@ -5,6 +5,9 @@ other folder, `serve` the settings of a server, and `stash` secrets, all from st
 `status`, `stop`, `log`, `more`, `server`, `update`, `discard` and `drain` manage runs, maps, servers and nodes.
 Each prints one line of JSON, the result or the error; `fetch` a tar file. `run`, `follow` and `launch` are entry
 points of Ray jobs: the first two print every record of a run on its own line, after a prefix, until the run ends.
+
+A submission runs three of these commands one after another, so what takes long to import is imported where it is
+used.
 """
 
 from __future__ import annotations
@@ -21,24 +24,26 @@ import sys
 import tarfile
 import tempfile
 import time
-from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from forge.data.transfer import has_corpus, receive_corpus
 from forge.errors import ArgumentError, ClusterError, ForgeError
-from forge.foreign import file_name
+from forge.foreign import file_name, parse_object, typed
 from forge.fs import default_cache_dir, make_private
-from forge.plan.plan import plan_from_json, plan_to_json
 from forge.process import is_alive, open_log
 from forge.remote.secrets import stash_secrets, take_secrets
+from forge.runs.lock import driver_pid
 from forge.runs.logs import last_lines, log_size, read_new
-from forge.runs.reader import ENDINGS, count_records, driver_pid, follow
-from forge.runs.records import EVENTS
-from forge.runtime.driver_process import DRIVER_MODULE, MAP, MAP_DRIVER_MODULE, RESULTS, LocalRun
-from forge.runtime.probe import local_gpu
-from forge.runtime.servers import SERVER_MODULE, prepare_server, server_status, write_update
+from forge.runtime.driver_process import (
+    DRIVER_MODULE,
+    MAP,
+    MAP_DRIVER_MODULE,
+    RESULTS,
+    SERVER_MODULE,
+    LocalRun,
+)
+from forge.runtime.local_gpus import local_gpu
 from forge.serve.http.settings import SETTINGS, settings_from_json
 
 MARK = "\x1e"
@@ -121,6 +126,8 @@ def _check(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _receive(options: argparse.Namespace) -> str:
+    from forge.data.transfer import receive_corpus
+
     folder = _corpus(options.corpus)
     receive_corpus(folder, digest=options.digest, stream=sys.stdin.buffer)
     return str(folder)
@@ -132,6 +139,8 @@ def _upload(options: argparse.Namespace) -> dict[str, Any]:
     Returns: `folder`, and `has_corpus`: if false, no secrets were stashed, and the client sends the corpus and then
         uploads again.
     """
+    from forge.data.transfer import has_corpus
+
     secrets: dict[str, str] = json.loads(sys.stdin.buffer.readline())
     folder = Path(options.folder or _RUNS / options.run_id).expanduser().absolute()
     if driver_pid(folder) is not None:
@@ -151,16 +160,32 @@ def _upload(options: argparse.Namespace) -> dict[str, Any]:
         with tarfile.open(fileobj=io.BytesIO(sys.stdin.buffer.read())) as archive:
             members = [file for file in archive if file.name not in _HISTORY or not (folder / file.name).exists()]
             archive.extractall(folder, members=members, filter="data")
-        path = folder / "plan.json"
-        plan = plan_from_json(path.read_text())
-        corpus = replace(plan.corpus, folder=str(_corpus(Path(plan.corpus.folder).name)))
-        path.write_text(plan_to_json(replace(plan, corpus=corpus), is_file=True))
+        corpus, digest = _use_own_corpus(folder / "plan.json")
     except (OSError, tarfile.TarError) as error:
         raise ClusterError(f"cannot write the run folder {folder} on the cluster: {error}") from error
-    is_ready = has_corpus(Path(corpus.folder), digest=corpus.digest)
+    is_ready = has_corpus(corpus, digest=digest)
     if is_ready:
         stash_secrets(options.run_id, secrets)
     return {"folder": str(folder), "has_corpus": is_ready}
+
+
+def _use_own_corpus(plan: Path) -> tuple[Path, str]:
+    """Change the folder of the corpus in a plan's file to this machine's. Returns: it, and the corpus's digest.
+
+    The driver checks the whole plan; reading it here as one would take half of the time of an upload.
+
+    Raises: ArgumentError if the file is no plan; OSError.
+    """
+    try:
+        body = parse_object(plan.read_bytes())
+        corpus = typed(dict[str, Any], body.get("corpus"), where="corpus")
+        folder = _corpus(Path(typed(str, corpus.get("folder"), where="corpus.folder")).name)
+        digest = typed(str, corpus.get("digest"), where="corpus.digest")
+    except ValueError as error:
+        raise ArgumentError(f"{plan} is not a plan of forge: {error}") from error
+    text = json.dumps(body | {"corpus": corpus | {"folder": str(folder)}}, sort_keys=True, indent=1)
+    plan.write_text(f"{text}\n")
+    return folder, digest
 
 
 def _store(options: argparse.Namespace) -> str:
@@ -168,6 +193,8 @@ def _store(options: argparse.Namespace) -> str:
 
     Of a map that has ended, the former files are replaced and the results kept.
     """
+    from forge.runs.records import EVENTS
+
     folder: Path = options.root.expanduser().absolute() / options.name
     if ".." in folder.parts:
         raise ArgumentError(f"{options.name!r} leads out of its folder")
@@ -228,16 +255,22 @@ def _discard(options: argparse.Namespace) -> bool:
 
 def _serve(options: argparse.Namespace) -> str:
     """Write the folder of a server, from its settings and the files that they name. Returns: the folder."""
+    from forge.runtime.servers import prepare_server
+
     request = json.load(sys.stdin)
     return str(prepare_server(settings_from_json(json.dumps(request["settings"])), files=request["files"]))
 
 
 def _server(options: argparse.Namespace) -> dict[str, Any]:
+    from forge.runtime.servers import server_status
+
     found = server_status(options.folder)
     return {"record": dict(found.record), "is_alive": found.is_alive}
 
 
 def _update(options: argparse.Namespace) -> bool:
+    from forge.runtime.servers import write_update
+
     write_update(options.folder, json.load(sys.stdin))
     return True
 
@@ -266,6 +299,8 @@ def _drain(options: argparse.Namespace) -> bool:
 
 def _status(options: argparse.Namespace) -> dict[str, Any]:
     """Return whether a run has a driver, and how many events and steps it has recorded."""
+    from forge.runs.reader import count_records
+
     is_running = (
         driver_pid(options.folder) is not None
     )  # first, so that the records of a driver that ends now are counted
@@ -309,6 +344,8 @@ def _run_job(options: argparse.Namespace) -> int:
     except ForgeError as error:
         sys.stderr.write(f"{error}\n")
         return error.exit_code
+    from forge.runs.reader import ENDINGS, follow  # after the driver was started, which imports the same meanwhile
+
     watch = _DriverWatch(folder)
     for record in follow(folder, goes_on=watch.is_running, past_events=options.events, past_steps=options.steps):
         if record is not None:

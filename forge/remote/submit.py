@@ -43,7 +43,8 @@ from forge.remote.mirror import (
     job_name,
     submit_job,
 )
-from forge.runs.reader import count_records, driver_pid
+from forge.runs.lock import driver_pid
+from forge.runs.reader import count_records
 from forge.runs.records import EVENTS, METRICS
 from forge.runs.remote_ref import RemoteRef, write_remote_ref
 from forge.runs.secrets import credentials, variables_for, without_keys

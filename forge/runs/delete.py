@@ -12,8 +12,8 @@ from forge.errors import ArgumentError, PlanError, printable
 from forge.foreign import open_file
 from forge.runs.annotations import ANNOTATIONS
 from forge.runs.index import forget_runs
-from forge.runs.lock import hold_lock
-from forge.runs.reader import LOCK, driver_pid, read_run, search_folder
+from forge.runs.lock import LOCK, driver_pid, hold_lock
+from forge.runs.reader import read_run, search_folder
 from forge.runs.records import EVENTS, METRICS
 from forge.runs.remote_ref import REMOTE
 from forge.runs.scores import SCORES

@@ -15,7 +15,8 @@ from typing import Any
 from forge.errors import ArgumentError
 from forge.plan.plan import Plan
 from forge.runs.annotations import ANNOTATIONS
-from forge.runs.reader import ENDINGS, LOCK, RunSummary, Status, read_plan, status_of
+from forge.runs.lock import LOCK
+from forge.runs.reader import ENDINGS, RunSummary, Status, read_plan, status_of
 from forge.runs.records import EVENTS, METRICS, RecordReader, last_step_of
 from forge.runs.remote_ref import REMOTE
 from forge.runs.trials import TrialTable

@@ -8,10 +8,8 @@ not valid records (partial after a crash, or damaged) are skipped and counted.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import heapq
 import math
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,13 +19,13 @@ from typing import Any, Literal
 from forge import errors
 from forge.environment import looked_in
 from forge.errors import ArgumentError, ForgeError, PlanError, RunError, printable
-from forge.foreign import open_file, read_file
+from forge.foreign import read_file
 from forge.plan.plan import Plan, plan_from_json
-from forge.process import is_alive
 from forge.runs.annotations import read_annotations
 from forge.runs.goodput import goodput_of, moment
 from forge.runs.goodput_report import GoodputReport
 from forge.runs.index import find_known, read_index, remember_run
+from forge.runs.lock import driver_pid
 from forge.runs.log_end import last_line
 from forge.runs.record_order import StartBeforeSteps
 from forge.runs.records import RecordReader, last_step_of
@@ -36,15 +34,9 @@ from forge.runs.trials import TRIALS, TrialTable
 
 Status = Literal["running", "finished", "stopped", "failed", "died"]
 ENDINGS: dict[str, Status] = {"RunFinished": "finished", "RunStopped": "stopped", "RunFailed": "failed"}
-LOCK = ".lock"
-"""Held by the driver of a running run; contains its pid."""
-_MAX_PID_CHARS = 20
-_MAX_PID = 2**22  # PID_MAX_LIMIT of Linux
 _POLL_S = 0.2
 MAX_PLAN_BYTES = 64 * 2**20
 """Of `plan.json`, which has about 2 kB for each world size."""
-# A driver needs microseconds between taking the lock and writing its pid into it.
-_PID_PATIENCE_S = 0.2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -266,33 +258,6 @@ def count_records(folder: Path) -> tuple[int, int]:
         return sum(1 for _ in RecordReader(folder, kind="event").read()), sum(1 for _ in iter_metrics(folder))
     except ValueError as error:
         raise ArgumentError(f"{folder} cannot be read: {error}") from error
-
-
-def driver_pid(folder: Path) -> int | None:
-    """Return the pid of a run's driver; None if it has none.
-
-    Uses a shared lock, so that two callers at once do not take each other for a driver.
-    """
-    try:
-        with os.fdopen(open_file(folder / LOCK)) as lock:
-            deadline = time.monotonic() + _PID_PATIENCE_S
-            while True:
-                try:
-                    fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                    return None
-                except BlockingIOError:
-                    lock.seek(0)
-                    pid = int(lock.read(_MAX_PID_CHARS) or 0)
-                if not 1 < pid < _MAX_PID:
-                    pid = 0
-                # A dead pid is that of an earlier driver: the current one has yet to write its own.
-                if pid and (is_alive(pid) or time.monotonic() > deadline):
-                    return pid
-                if time.monotonic() > deadline:
-                    return None
-                time.sleep(0.01)
-    except (OSError, ValueError):
-        return None
 
 
 def follow(

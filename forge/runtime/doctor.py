@@ -31,7 +31,7 @@ from forge.errors import ClusterError, ForgeError
 from forge.fs import default_cache_dir, state_home
 from forge.limits import cpu_name, free_memory_bytes, usable_cpus, usable_memory_bytes
 from forge.runs.trackers.registry import PACKAGES
-from forge.runtime.probe import local_gpu
+from forge.runtime.local_gpus import local_gpu
 from forge.units import format_bytes
 
 # `jobs/pretrain.yaml` needs these with room to spare.

@@ -42,7 +42,8 @@ from forge.plan.plan import Plan, plan_from_json, plan_to_json
 from forge.process import first_line
 from forge.redact import redact_output
 from forge.runs.alerts.run_alerts import start_alerts
-from forge.runs.reader import LOCK, error_named, read_run
+from forge.runs.lock import LOCK
+from forge.runs.reader import error_named, read_run
 from forge.runs.recorder import append_event, last_recorded_step
 from forge.runs.secrets import credentials
 from forge.runtime.actor_names import HEAD, NAMESPACE, RECORDER

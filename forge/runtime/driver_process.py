@@ -23,11 +23,12 @@ from forge.cluster.local.ray_process import session_members
 from forge.environment import child_environment
 from forge.errors import ArgumentError
 from forge.process import has_open, is_alive, open_log, start_ticks
-from forge.runs.reader import LOCK, driver_pid
+from forge.runs.lock import LOCK, driver_pid
 
 DRIVER_MODULE = "forge.runtime.driver"
 """Run with `python -m`. Tests of the CLI and the API replace it by a scripted driver, and nothing else."""
 MAP_DRIVER_MODULE = "forge.runtime.map_driver"
+SERVER_MODULE = "forge.runtime.serve_process"
 MAP, INPUTS, RESULTS = "map.json", "inputs.jsonl", "results"
 """Files in the folder of a map: what is computed, a shard on each line, and the results."""
 _POLL_S = 0.05

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from forge.errors import RunError
 from forge.events import KilledForMemory
-from forge.runs.reader import LOCK
+from forge.runs.lock import LOCK
 from forge.runs.recorder import last_recorded_step
 from forge.runtime.memory_watch import MemoryWatch, killed_workers, too_little_memory
 

@@ -22,7 +22,7 @@ from forge.errors import ForgeError, RunError
 from forge.events import Event, MapMessage, RunFailed, RunFinished, RunStopped, ShardsComputed
 from forge.process import first_line
 from forge.redact import redact_output
-from forge.runs.reader import LOCK
+from forge.runs.lock import LOCK
 from forge.runs.recorder import append_event
 from forge.runtime.driver_lock import acquire_lock
 from forge.runtime.driver_process import INPUTS, MAP, RESULTS

@@ -9,13 +9,11 @@ from __future__ import annotations
 import contextlib
 import difflib
 import hashlib
-import itertools
 import json
 import os
-import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -37,6 +35,7 @@ from forge.plan.gpus import find_gpu
 from forge.plan.inputs import CodeInfo, CorpusInfo, HardwareInfo, ModelInfo, TeacherInfo
 from forge.plan.outputs import outputs_of
 from forge.process import ending
+from forge.runtime.local_gpus import local_gpu, num_local_gpus
 
 _ANSWER = 6
 """Must change whenever `forge.model.inspect` answers an equal request otherwise, since answers are kept."""
@@ -198,55 +197,6 @@ def _key_error(loaded: LoadedJob, problem: str, *, key: str, choices: Sequence[s
     return loaded.source.error(
         f"model.{key}", problem, nearest=nearest[0] if nearest else None, show_value=not is_unknown
     )
-
-
-def local_gpu() -> tuple[str, int] | None:
-    """Name and memory in bytes of this machine's first GPU according to its driver; None if no GPU may be used."""
-    tool = shutil.which("nvidia-smi")
-    if tool is None:
-        return None
-    query = [tool, "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
-    try:
-        answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
-        listed = answer.splitlines()
-        if not num_visible_gpus(len(listed), os.environ):
-            return None
-        name, mib = listed[0].rsplit(",", 1)
-        return name.strip(), int(mib) * 2**20
-    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
-        return None
-
-
-def num_local_gpus() -> int:
-    """Number of this machine's GPUs according to their driver, as far as CUDA_VISIBLE_DEVICES allows their use."""
-    tool = shutil.which("nvidia-smi")
-    if tool is None:
-        return 0
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        listed = subprocess.run(
-            [tool, "--list-gpus"], capture_output=True, text=True, timeout=20, check=True
-        ).stdout
-        return num_visible_gpus(sum(line.startswith("GPU ") for line in listed.splitlines()), os.environ)
-    return 0
-
-
-def num_visible_gpus(num_gpus: int, environment: Mapping[str, str]) -> int:
-    """How many of the driver's GPUs CUDA shows to this process's children.
-
-    CUDA ignores what follows the first entry that is no device.
-
-    Source: CUDA C++ Programming Guide, CUDA environment variables.
-    """
-    visible = environment.get("CUDA_VISIBLE_DEVICES")
-    if visible is None:
-        return num_gpus
-    names = [name.strip() for name in visible.split(",")]
-    shown = itertools.takewhile(lambda name: _is_device(name, num_gpus=num_gpus), names)
-    return min(num_gpus, len(list(shown)))
-
-
-def _is_device(name: str, *, num_gpus: int) -> bool:
-    return int(name) < num_gpus if name.isdecimal() else name.startswith(("GPU-", "MIG-"))
 
 
 def _cached_answer(request: dict[str, Any], *, is_cacheable: bool) -> dict[str, Any]:

@@ -40,7 +40,7 @@ from forge.limits import usable_cpus
 from forge.pricing.budget import read_price
 from forge.process import first_line, raise_descriptor_limit
 from forge.redact import redact_output
-from forge.runs.reader import LOCK
+from forge.runs.lock import LOCK
 from forge.runtime.actor_names import NAMESPACE
 from forge.runtime.driver_lock import acquire_lock
 from forge.serve.http.api_keys import KEYS_VARIABLE, KeyRing, keys_of_environment

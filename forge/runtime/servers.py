@@ -20,15 +20,15 @@ from typing import Any
 from forge.errors import ArgumentError, ClusterError, RunError, printable
 from forge.foreign import parse_object, read_file
 from forge.fs import make_private, state_home, write_atomic
-from forge.runs.reader import driver_pid, error_named
+from forge.runs.lock import driver_pid
+from forge.runs.reader import error_named
 from forge.runs.remote_ref import REMOTE
-from forge.runtime.driver_process import LocalRun, find_local_run, start_holder
+from forge.runtime.driver_process import SERVER_MODULE, LocalRun, find_local_run, start_holder
 from forge.serve.http.api_keys import KEYS_VARIABLE
 from forge.serve.http.settings import EXPORTS, SETTINGS, STATUS, UPDATE, ServerSettings, settings_to_json
 
 API_KEYS = KEYS_VARIABLE
 """The environment variable with keys, which a server gets."""
-SERVER_MODULE = "forge.runtime.serve_process"
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,47}")
 _POLL_S = 0.1
 _END_S = 30.0

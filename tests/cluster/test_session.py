@@ -129,7 +129,10 @@ def test_run__login_shell_runs_no_command__says_what_it_must_do_without_the_inpu
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ssh = tmp_path / "ssh"
-    ssh.write_text("#!/bin/sh\ncat\necho 'This account is currently not available.'\nexit 1\n")
+    ssh.write_text(
+        "#!/bin/sh\ncase \"$*\" in *' -M '*) exit 1; esac\n"
+        "cat\necho 'This account is currently not available.'\nexit 1\n"
+    )
     ssh.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     with pytest.raises(ClusterError, match="login shell there ended with 1 and did not run") as raised:

@@ -118,7 +118,8 @@ def test_listens__own_port_and_a_strangers__told_apart() -> None:
 
 _SSH = f"""#!{sys.executable}
 import os, signal, socket, sys, time
-pid = os.getpid()
+if "-M" in sys.argv:
+    sys.exit(1)
 open(os.environ["WORDS"], "w").write(chr(10).join(sys.argv))
 time.sleep(0.3)
 forward = sys.argv[sys.argv.index("-L") + 1]
@@ -135,7 +136,7 @@ while True:
     near.sendall(far.recv(65536))
     near.close()
 """
-"""Stands in for ssh: forwards like OpenSSH, some time after its command line can be read."""
+"""Stands in for ssh: forwards like OpenSSH, some time after its command line can be read; shares no connection."""
 
 ANSWER = b'HTTP/1.0 200 OK\r\n\r\n{"data": {"result": {"result": []}}}'
 

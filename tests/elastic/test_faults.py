@@ -15,7 +15,8 @@ from typing import Any
 import psutil
 import pytest
 
-from forge.runs.reader import driver_pid, read_metrics, read_run
+from forge.runs.lock import driver_pid
+from forge.runs.reader import read_metrics, read_run
 from tests.support.command import forge, wait_for
 from tests.support.elastic import Machines, Run, leftovers, machines, start_run, stop_run, write_job
 from tests.support.ranks import Recording, on_ranks, train_one_rank

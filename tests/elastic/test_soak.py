@@ -14,7 +14,8 @@ import pytest
 
 from forge.chaos.processes import processes_of
 from forge.plan.plan import plan_from_json
-from forge.runs.reader import driver_pid, read_metrics
+from forge.runs.lock import driver_pid
+from forge.runs.reader import read_metrics
 from tests.support.command import forge, wait_for
 from tests.support.elastic import Run, leftovers, machines, start_run, stop_run, write_job
 from tests.support.ranks import run_ranks

@@ -13,7 +13,8 @@ import pytest
 
 from forge.config.load import load_job
 from forge.runs.create import create_run
-from forge.runs.reader import driver_pid, read_metrics, read_run
+from forge.runs.lock import driver_pid
+from forge.runs.reader import read_metrics, read_run
 from forge.runtime.driver_process import LocalRun
 from forge.runtime.resolve import resolve
 from tests.support.command import wait_for

@@ -15,7 +15,8 @@ from forge.runs import index
 from forge.runs.annotations import ANNOTATIONS, change_tags, read_annotations, set_note
 from forge.runs.delete import delete_run
 from forge.runs.index import forget_runs, read_index, remember_run
-from forge.runs.reader import LOCK, find_run, summary_record
+from forge.runs.lock import LOCK
+from forge.runs.reader import find_run, summary_record
 from tests.support.runs import make_run
 
 

@@ -12,7 +12,8 @@ import pytest
 
 from forge.events import KilledForMemory
 from forge.process import start_ticks
-from forge.runs.reader import driver_pid, read_run
+from forge.runs.lock import driver_pid
+from forge.runs.reader import read_run
 from forge.runtime.driver_process import LocalRun
 from forge.runtime.memory_watch import MAX_ROUNDS, QUIET_S, DeadWorker, MemoryWatch, describe_kill
 from tests.support.command import environment, family, start_forge, survivors, wait_for

@@ -8,7 +8,8 @@ import pytest
 
 from forge.config.load import LoadedJob, load_job
 from forge.plan.inputs import HardwareInfo
-from forge.runtime.probe import _job_file_error, count_local_slots, hardware, num_visible_gpus
+from forge.runtime.local_gpus import num_visible_gpus
+from forge.runtime.probe import _job_file_error, count_local_slots, hardware
 
 JOB = """\
 name: small

@@ -25,7 +25,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import forge
 from forge.errors import RunError
-from forge.runs.reader import driver_pid, read_metrics, read_run
+from forge.runs.lock import driver_pid
+from forge.runs.reader import read_metrics, read_run
 from forge.runs.trackers.wandb_log import log_files
 from tests.support.command import environment, family, mentioning, start_forge, survivors, wait_for
 from tests.support.command import forge as run_forge

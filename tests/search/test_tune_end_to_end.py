@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from forge.config.load import load_job
-from forge.runs.reader import driver_pid, read_metrics, read_run
+from forge.runs.lock import driver_pid
+from forge.runs.reader import read_metrics, read_run
 from forge.runs.trials import TrialTable, trial_folder
 from tests.support.command import environment, forge, mentioning, start_forge, wait_for
 from tests.support.wandb_file import read_groups, read_history

@@ -25,7 +25,7 @@ from forge.cluster.base import ClusterNode, ClusterStatus, stdin_arguments
 from forge.events import MapMessage, RunFinished, RunStopped, ShardsComputed
 from forge.fs import write_atomic
 from forge.remote import head_cli
-from forge.runs.reader import LOCK
+from forge.runs.lock import LOCK
 from forge.runs.recorder import append_event
 from forge.runtime.driver_lock import acquire_lock
 from forge.runtime.driver_process import INPUTS, MAP, RESULTS

@@ -28,6 +28,7 @@ UsePAM no
 StrictModes no
 PermitRootLogin yes
 MaxStartups 100
+MaxSessions {max_sessions}
 {environment}
 """
 
@@ -48,13 +49,19 @@ def stranger_key(hosts: Hosts) -> Path:
 
 
 def start_sshd(
-    hosts: Hosts, host: int, *, environment: Mapping[str, str] | None = None, private: Sequence[Path] = ()
+    hosts: Hosts,
+    host: int,
+    *,
+    environment: Mapping[str, str] | None = None,
+    private: Sequence[Path] = (),
+    max_sessions: int = 10,
 ) -> None:
     """Start the server of one host, with the same host key each time; return when it listens.
 
     Args:
         environment: variables of the sessions there.
         private: folders that are empty there at first, and not shared with other hosts.
+        max_sessions: of a connection.
     """
     folder = hosts.folder / f"sshd-{host}"
     folder.mkdir(exist_ok=True)
@@ -66,6 +73,7 @@ def start_sshd(
         _CONFIG.format(
             folder=folder,
             keys=client_key(hosts).with_suffix(".pub"),
+            max_sessions=max_sessions,
             environment=f"SetEnv {settings}" if settings else "",
         )
     )

@@ -16,7 +16,8 @@ import aiohttp
 import psutil
 import pytest
 
-from forge.runs.reader import driver_pid, read_metrics, read_run
+from forge.runs.lock import driver_pid
+from forge.runs.reader import read_metrics, read_run
 from tests.support.command import start_forge, survivors
 
 pytestmark = pytest.mark.slow

@@ -1,7 +1,7 @@
 """One host reached by OpenSSH: run a command, forward a port, open a shell.
 
 forge runs the user's own ssh, with its configuration, agent and keys. At the first connection a host's key is
-stored in a file of the cluster; later connections must have the same key.
+stored in a file of the cluster; later connections must have the same key. All commands share one connection.
 """
 
 from __future__ import annotations
@@ -17,12 +17,20 @@ from pathlib import Path
 from typing import IO, Any
 
 from forge.cluster.base import stdin_arguments
+from forge.cluster.ssh.connection import (
+    OPENSSH_FAILED,
+    ConnectionFailedError,
+    SharedConnection,
+    close_connections,
+    shared_connection,
+)
 from forge.cluster.ssh.login_shell import after_marker, make_marker, wrap_line
 from forge.cluster.tunnel import local_port, private_folder
 from forge.errors import ClusterError
 
 _CONNECT_TIMEOUT_S = 10
 _FORWARD_TIMEOUT_S = 20.0
+_CONTROL_TIMEOUT_S = 5.0
 _POLL_S = 0.02
 _KILL_ON_DISCONNECT = """\
 ( while test $PPID != 1 -a -d /proc/$PPID; do sleep 0.2; done
@@ -31,8 +39,8 @@ kill -s TERM -- -$$ ) </dev/null >/dev/null 2>&1 & watch=$!
 code=$?; kill $watch; exit $code"""
 """sshd runs a command without a terminal in its own session and leaves it running when the connection is lost. So
 this watcher ends the session's process group when the sshd process of the connection has gone."""
-_OPENSSH_FAILED = 255
-"""The exit status if ssh itself failed rather than the command. Source: ssh(1), EXIT STATUS."""
+_BATCH = ("-o", "BatchMode=yes")
+_NO_SSH = "ssh is not installed on this machine; install OpenSSH's client"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,18 +95,23 @@ class SshHost:
         if kill_on_disconnect:
             line = _KILL_ON_DISCONNECT.format(line=line)
         marker = make_marker()
-        ssh = [*self.ssh("-T", "-o", "BatchMode=yes"), wrap_line(line, marker=marker)]
         try:
+            options = self._connection.options(timeout_s=timeout_s)
+            ssh = [*self.ssh("-T", *_BATCH, *options), wrap_line(line, marker=marker)]
             done = _run(ssh, stdin_arguments(stdin), timeout_s=timeout_s)
+        except ConnectionFailedError as error:
+            raise self._explain(error.stderr.decode(errors="replace")) from None
         except FileNotFoundError:
-            raise ClusterError("ssh is not installed on this machine; install OpenSSH's client") from None
+            raise ClusterError(_NO_SSH) from None
         except subprocess.TimeoutExpired:
+            if kill_on_disconnect:
+                self._connection.close()
             raise ClusterError(
                 f"{self.host} did not answer within {timeout_s:.0f} s; try it by hand: {shlex.join(self.ssh())}"
             ) from None
         if done.returncode < 0:
             raise ClusterError(f"{self.host} was cancelled: ssh was ended by signal {-done.returncode}")
-        if done.returncode == _OPENSSH_FAILED:
+        if done.returncode == OPENSSH_FAILED:
             raise self._explain(done.stderr.decode(errors="replace"))
         return self._without_start_up_text(done, marker=marker)
 
@@ -115,6 +128,10 @@ class SshHost:
             )
         return subprocess.CompletedProcess(done.args, done.returncode, out, done.stderr if err is None else err)
 
+    @property
+    def _connection(self) -> SharedConnection:
+        return shared_connection(self.ssh("-T", *_BATCH))
+
     @contextlib.contextmanager
     def forward(self, port: int, *, local: int = 0) -> Iterator[int]:
         """Forward a port of this machine's loopback to a port of the host's loopback; yields the local port.
@@ -126,19 +143,41 @@ class SshHost:
 
         Raises: ClusterError as `run`, or if ssh does not forward in time.
         """
-        options = ("-N", "-T", "-o", "BatchMode=yes", "-o", "ExitOnForwardFailure=yes")
         with private_folder() as folder:
             path = folder / "port"
-            ssh = self.ssh(*options, "-L", f"{path}:127.0.0.1:{port}")
-            with subprocess.Popen(
-                ssh, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-            ) as tunnel:
-                try:
-                    self._await_forward(tunnel, path)
-                    with local_port(lambda: _connect_unix(path), port=local) as listening:
-                        yield listening
-                finally:
-                    tunnel.terminate()
+            with (
+                self._forwarded(path, port),
+                local_port(lambda: _connect_unix(path), port=local) as listening,
+            ):
+                yield listening
+
+    @contextlib.contextmanager
+    def _forwarded(self, path: Path, port: int) -> Iterator[None]:
+        """Forward a Unix socket to a port of the host: on the shared connection, or by a process of its own."""
+        try:
+            options = self._connection.options(timeout_s=_FORWARD_TIMEOUT_S)
+        except ConnectionFailedError as error:
+            raise self._explain(error.stderr.decode(errors="replace")) from None
+        except FileNotFoundError:
+            raise ClusterError(_NO_SSH) from None
+        except subprocess.TimeoutExpired:
+            raise self._no_forward() from None
+        rule = f"{path}:127.0.0.1:{port}"
+        if options and _is_done(self.ssh(*options, "-O", "forward", "-L", rule)):
+            try:
+                yield
+            finally:
+                _is_done(self.ssh(*options, "-O", "cancel", "-L", rule))
+            return
+        ssh = self.ssh("-N", "-T", *_BATCH, "-o", "ExitOnForwardFailure=yes", "-L", rule)
+        with subprocess.Popen(
+            ssh, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        ) as tunnel:
+            try:
+                self._await_forward(tunnel, path)
+                yield
+            finally:
+                tunnel.terminate()
 
     def _await_forward(self, tunnel: subprocess.Popen[bytes], path: Path) -> None:
         deadline = time.monotonic() + _FORWARD_TIMEOUT_S
@@ -149,8 +188,11 @@ class SshHost:
                 assert tunnel.stderr is not None
                 raise self._explain(tunnel.stderr.read().decode(errors="replace"))
             if time.monotonic() > deadline:
-                raise ClusterError(f"{self.host} did not forward a port within {_FORWARD_TIMEOUT_S:.0f} s")
+                raise self._no_forward()
             time.sleep(_POLL_S)
+
+    def _no_forward(self) -> ClusterError:
+        return ClusterError(f"{self.host} did not forward a port within {_FORWARD_TIMEOUT_S:.0f} s")
 
     def _explain(self, stderr: str) -> ClusterError:
         """Explain OpenSSH's error and what to do about it."""
@@ -195,9 +237,10 @@ class SshHost:
 
 
 def cancel_all() -> None:
-    """End every ssh command that a thread of this process waits for."""
+    """End every ssh command that a thread of this process waits for, and their connections."""
     for ssh in list(_running):
         ssh.terminate()
+    close_connections()
 
 
 def _path_option(name: str, path: Path) -> str:
@@ -215,6 +258,14 @@ def _path_option(name: str, path: Path) -> str:
         )
     quoted = text.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%")
     return f'{name}="{quoted}"'
+
+
+def _is_done(command: Sequence[str]) -> bool:
+    """Run a command for the process of the shared connection. Returns: whether it has carried it out."""
+    try:
+        return _run(command, stdin_arguments(b""), timeout_s=_CONTROL_TIMEOUT_S).returncode == 0
+    except (OSError, subprocess.TimeoutExpired):
+        return False
 
 
 def _connect_unix(path: Path) -> socket.socket:
