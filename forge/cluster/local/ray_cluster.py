@@ -65,7 +65,7 @@ def start_local(*, num_nodes: int = 1, port: int | None = None) -> LocalRayClust
             require_free(port, message=message)
             cluster = _start_head(port=port, num_cpus=_cpus_per_node(num_nodes), has_job_server=True)
         for _ in range(num_nodes - sum(node.is_alive for node in cluster.nodes)):
-            cluster = _with_node(cluster, ["--address", cluster.address], num_cpus=_cpus_per_node(num_nodes))
+            cluster = _with_node(cluster, _further_node(cluster), num_cpus=_cpus_per_node(num_nodes))
         return cluster
 
 
@@ -90,7 +90,7 @@ def add_node(*, num_cpus: int = 1) -> NodeProcess:
         cluster = find_local()
         if cluster is None:
             raise ClusterError("no cluster is up on this machine")
-        return _with_node(cluster, ["--address", cluster.address], num_cpus=num_cpus).nodes[-1]
+        return _with_node(cluster, _further_node(cluster), num_cpus=num_cpus).nodes[-1]
 
 
 def kill_node(node: NodeProcess) -> None:
@@ -159,6 +159,11 @@ def _start_head(*, port: int, num_cpus: int, has_job_server: bool) -> LocalRayCl
         job_server = f"http://127.0.0.1:{dashboard_port}"
     cluster = LocalRayCluster(address=f"{_node_ip()}:{port}", nodes=(), job_server=job_server)
     return _with_node(cluster, [*arguments, "--log-color", "false"], num_cpus=num_cpus)
+
+
+def _further_node(cluster: LocalRayCluster) -> list[str]:
+    """Return the arguments of a node beside the head's: one process reads the logs of all nodes of a machine."""
+    return ["--address", cluster.address, "--include-log-monitor", "false"]
 
 
 def _with_node(cluster: LocalRayCluster, arguments: list[str], *, num_cpus: int) -> LocalRayCluster:
