@@ -171,6 +171,8 @@ def submission(cluster: SshCluster, folder: Path) -> float:
         for line in client.stderr:
             if "driver: process" in line:
                 break
+        else:
+            raise RuntimeError("the driver of the job was not named")
         seconds = time.monotonic() - began
         client.send_signal(signal.SIGINT)
         client.communicate()

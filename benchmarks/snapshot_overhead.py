@@ -44,6 +44,7 @@ _JOB: dict[str, Any] = {
     "lr": 3e-4,
 }
 _WARM_UP = 6
+"""Even: the first measured step is the one after a snapshot."""
 _NEVER = 1_000_000
 _START_LIMIT_S = 120.0
 

@@ -22,8 +22,9 @@ import psutil
 from forge.errors import ClusterError
 
 _BUFFER_BYTES = 64 * 2**10
-_PLAIN_PATH = re.compile(r"[A-Za-z0-9_./-]{1,80}")
-"""Paths that ssh takes as they are, and whose sockets stay below the 108 bytes of a socket's path."""
+_PLAIN_PATH = re.compile(r"[A-Za-z0-9_./-]{1,50}")
+"""Paths that ssh takes as they are, and whose sockets stay below the 104 bytes that a socket's path may have
+everywhere: the folder's name and the socket's take 21, and ssh appends 17 while it creates it."""
 
 
 @contextlib.contextmanager
@@ -56,8 +57,8 @@ def private_folder() -> Iterator[Path]:
 
     Raises: ClusterError if it cannot be created.
     """
-    base = tempfile.gettempdir()
     try:
+        base = tempfile.gettempdir()
         folder = tempfile.mkdtemp(prefix="forge-", dir=base if _PLAIN_PATH.fullmatch(base) else "/tmp")
     except OSError as error:
         raise ClusterError(f"no folder for the tunnel's socket can be created: {error}") from error

@@ -30,6 +30,7 @@ _log = logging.getLogger(__name__)
 _POLL_S = 0.5
 # While the run has all slots that it wants, and no node of it leaves: each look at Ray's tables costs 5 ms of CPU.
 _SETTLED_POLL_S = 2.0
+_RESTLESS_S = 60.0
 # How long to wait for the minimum number of workers before other runs are asked to release slots.
 _PATIENCE_S = 1.0
 _ASK_AGAIN_S = 2.0
@@ -96,6 +97,7 @@ class PlacementManager:
         self._asked_at = 0.0
         self._pending_since: float | None = None
         self._is_stopped = self._is_settled = False
+        self._restless_until = 0.0
         self._wakes = asyncio.Event()
         self._calls: set[asyncio.Task[None]] = set()
 
@@ -136,7 +138,9 @@ class PlacementManager:
 
     def set_used(self, used: Mapping[str, int]) -> None:
         """Keep this many slots of each agent's node, whatever is released: ranks are using them."""
-        self._used = used
+        if used != self._used:
+            self._used = used
+            self._expect_changes()
 
     def release_unused(self) -> None:
         """Keep the minimum, and beyond it only the slots that are used."""
@@ -154,7 +158,7 @@ class PlacementManager:
             self._leaving.add(node_id)
             self._at_risk |= {node_id} if seconds_left is None else set()
             self._in_thread(_mark_draining, node_id, seconds_left)
-        self._wakes.set()
+        self._expect_changes()
 
     def agent_lost(self, node: str) -> None:
         """End what is left of an agent; a new one is started if the node still has slots of this run."""
@@ -163,7 +167,7 @@ class PlacementManager:
             _, handle, _ = self._agents.pop(node_id)
             self._in_thread(self._end_agent, handle)
         self._node_ids.pop(node, None)
-        self._wakes.set()
+        self._expect_changes()
 
     async def pause(self) -> None:
         """End all agents and keep the groups for the next run; returns when the agents have ended."""
@@ -194,6 +198,11 @@ class PlacementManager:
             self._end_agent(handle)
         for group in self._groups.values():
             remove_placement_group(group)
+
+    def _expect_changes(self) -> None:
+        """Look at Ray's tables at once, and often for a while: Ray notices a lost node seconds later."""
+        self._restless_until = time.monotonic() + _RESTLESS_S
+        self._wakes.set()
 
     def _add(self, name: str, handle: Any, allocation: Allocation) -> None:
         self._agents[allocation.node_id] = (name, handle, allocation)
@@ -232,7 +241,9 @@ class PlacementManager:
         await self._ask_others(has_minimum=num_guaranteed >= self._low)
         num_slots = sum(allocation.num_slots for allocation in allocations.values())
         has_all = num_slots >= self._wanted + self._num_extra and allocations.keys() == self._agents.keys()
-        self._is_settled = has_all and not draining
+        is_guaranteed = num_guaranteed >= self._low and not (self._leaving & allocations.keys())
+        is_calm = time.monotonic() > self._restless_until
+        self._is_settled = has_all and is_guaranteed and is_calm and not draining
 
     async def _update(self, node_id: str, allocation: Allocation) -> None:
         """Tell the supervisor if the slots of an agent's node have changed."""

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import signal
 import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -115,6 +118,75 @@ def test_run__kill_on_disconnect_times_out_or_is_cancelled__ends_the_command(hos
     thread.join(5)
     assert not thread.is_alive()
     wait_for(lambda: not mentioning("4321.75"), timeout_s=5)
+
+
+def test_run__connection_lost_meanwhile__says_so(hosts: Hosts, tmp_path: Path) -> None:
+    host = machine(hosts, tmp_path)
+    host.run(["true"])
+    timer = threading.Timer(0.5, ssh_process(host).kill)
+    timer.start()
+    with pytest.raises(ClusterError, match=r"was lost while a command ran there$"):
+        host.run(["sleep", "4321.9"])
+    subprocess.run(["pkill", "-f", "4321.9"], check=False)
+
+
+def test_run__another_thread_waits_for_the_host__times_out_all_the_same(
+    hosts: Hosts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "ssh").write_text("#!/bin/sh\nexec sleep 30\n")
+    (tmp_path / "ssh").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    began, messages = time.monotonic(), list[str]()
+
+    def run() -> None:
+        with pytest.raises(ClusterError) as raised:
+            machine(hosts, tmp_path).run(["true"], timeout_s=1.0)
+        messages.append(str(raised.value))
+
+    threads = [threading.Thread(target=run) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+    assert all("did not answer within 1 s" in message for message in messages)
+    assert len(messages) == 4
+    assert time.monotonic() - began < 2.5
+
+
+def test_forward__configuration_clears_all_forwardings__works(hosts: Hosts, tmp_path: Path) -> None:
+    (tmp_path / "config").write_text("ClearAllForwardings yes\nControlMaster auto\nControlPersist yes\n")
+    program = tmp_path / "ssh"
+    program.write_text(f'#!/bin/sh\nexec /usr/bin/ssh -F {tmp_path}/config "$@"\n')
+    program.chmod(0o755)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+        with machine(hosts, tmp_path).forward(22) as port:
+            assert greeting(port) == b"SSH-2.0"
+    close_connections()
+    wait_for(lambda: not mentioning(str(tmp_path / "known")), timeout_s=5)
+
+
+def test_options__too_many_hosts__have_connections_of_their_own(
+    hosts: Hosts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    close_connections()
+    monkeypatch.setattr("forge.cluster.ssh.connection._MAX_SHARED", 0)
+    before = num_logins(hosts)
+    for _ in range(2):
+        assert machine(hosts, tmp_path).run(["echo", "works"]).stdout == b"works\n"
+    assert num_logins(hosts) == before + 2
+
+
+def test_terminal_closed__leaves_neither_connection_nor_command(hosts: Hosts, tmp_path: Path) -> None:
+    host = machine(hosts, tmp_path)
+    words = [host.host, str(tmp_path / "known"), str(host.identity_file)]
+    code = _HOLDER.replace("time.sleep(60)", 'host.run(["sleep", "4322.5"], kill_on_disconnect=True)')
+    with subprocess.Popen([sys.executable, "-P", "-c", code, *words], start_new_session=True) as process:
+        wait_for(lambda: mentioning("4322.5"), timeout_s=10)
+        wait_for(lambda: len(mentioning("sleep 4322.5")) > 0, timeout_s=5)
+        os.killpg(process.pid, signal.SIGHUP)
+    wait_for(lambda: not mentioning(str(tmp_path / "known")), timeout_s=5)
+    wait_for(lambda: not mentioning("4322.5"), timeout_s=5)
 
 
 def test_process_killed__leaves_no_connection(hosts: Hosts, tmp_path: Path) -> None:

@@ -133,3 +133,20 @@ def test_reconcile__all_slots_and_nothing_drained__looks_at_the_tables_less_ofte
     ray.draining = draining
     run_with_node(ray, ray.manager._reconcile_once)
     assert ray.manager._is_settled == is_settled
+
+
+def test_reconcile__node_lost_or_leaving__keeps_looking_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = Ray(monkeypatch)
+
+    async def script() -> None:
+        ray.manager.agent_lost("node")
+        await ray.manager._reconcile_once()  # Ray has not noticed it: another agent is started there
+        assert not ray.manager._is_settled
+        ray.manager._restless_until = 0.0
+        await ray.manager._reconcile_once()
+        assert ray.manager._is_settled
+        ray.manager._leaving = {"ray-1"}
+        await ray.manager._reconcile_once()
+        assert not ray.manager._is_settled
+
+    run_with_node(ray, script)

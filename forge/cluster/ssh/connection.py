@@ -15,6 +15,7 @@ import atexit
 import contextlib
 import os
 import select
+import shutil
 import subprocess
 import tempfile
 import threading
@@ -24,10 +25,14 @@ from pathlib import Path
 
 from forge.cluster.tunnel import private_folder
 
+# Ctrl-C reaches all processes of a terminal; this one ends what it has begun first. A lost terminal ends ssh too.
+_WITHOUT_CTRL_C = ("sh", "-c", "trap '' INT QUIT; exec \"$@\"", "sh")
 # In any login shell. It prints after ssh has opened the socket, if ssh opens one.
 _HOLD = "echo started; exec cat >/dev/null"
 _ANSWER_BYTES = 64
-_POLL_S = 0.01
+_POLL_MS = 10
+# Each takes a process and two descriptors; commands on further hosts have connections of their own.
+_MAX_SHARED = 64
 _CLOSE_TIMEOUT_S = 2.0
 _ERROR_BYTES = 64 * 2**10
 OPENSSH_FAILED = 255
@@ -60,13 +65,24 @@ class SharedConnection:
         Raises: ConnectionFailedError; TimeoutExpired of subprocess if the host does not answer in time;
             FileNotFoundError if ssh is not installed; ClusterError if there is no folder for the socket.
         """
-        with self._lock:
-            if not self._is_possible:
+        deadline = time.monotonic() + timeout_s
+        if not self._lock.acquire(timeout=timeout_s):  # another thread waits for the host
+            raise subprocess.TimeoutExpired(self._ssh, timeout_s)
+        try:
+            if not self._is_possible or (self._process is None and _num_open() >= _MAX_SHARED):
                 return []
-            if self._process is None or self._process.poll() is not None:
+            is_open = self._process is not None and self._process.poll() is None
+            if not is_open or self._path is None or not self._path.is_socket():
                 self._close()
-                self._open(timeout_s)
+                self._open(max(0.0, deadline - time.monotonic()))
             return ["-S", str(self._path), "-o", "ControlMaster=no"] if self._is_possible else []
+        finally:
+            self._lock.release()
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it has a process."""
+        return self._process is not None
 
     def close(self) -> None:
         """End the connection, and the commands that use it."""
@@ -78,14 +94,14 @@ class SharedConnection:
             self._close()
 
     def _open(self, timeout_s: float) -> None:
+        if shutil.which(self._ssh[0]) is None:
+            raise FileNotFoundError(self._ssh[0])
         folder = self._folder.enter_context(private_folder())
         self._path = folder / "ssh"
         options = ("-M", "-S", str(self._path), "-o", "ControlPersist=no")
-        command = [*self._ssh[:-1], *options, self._ssh[-1], _HOLD]
+        command = [*_WITHOUT_CTRL_C, *self._ssh[:-1], *options, self._ssh[-1], _HOLD]
         with tempfile.TemporaryFile() as errors:
-            self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, start_new_session=True
-            )
+            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors)
             try:
                 is_open = self._wait_open(timeout_s)
             except BaseException:
@@ -106,8 +122,10 @@ class SharedConnection:
         """Wait until the connection can be used. Returns: whether it can."""
         assert self._process is not None and self._process.stdout is not None and self._path is not None
         deadline = time.monotonic() + timeout_s
+        output = select.poll()
+        output.register(self._process.stdout, select.POLLIN | select.POLLHUP)
         while not self._path.is_socket():
-            if select.select([self._process.stdout], [], [], _POLL_S)[0]:  # it has started, or ended
+            if output.poll(_POLL_MS):  # it has started, or ended
                 is_over = not os.read(self._process.stdout.fileno(), _ANSWER_BYTES)
                 if is_over:
                     self._process.wait()
@@ -142,6 +160,10 @@ def shared_connection(ssh: Sequence[str]) -> SharedConnection:
         return _connections.setdefault(tuple(ssh), SharedConnection(ssh))
 
 
+def _num_open() -> int:
+    return sum(connection.is_open for connection in list(_connections.values()))
+
+
 def close_connections() -> None:
     """End all of them, and the commands that use them."""
     with _guard:
@@ -151,3 +173,4 @@ def close_connections() -> None:
 
 
 atexit.register(close_connections)
+os.register_at_fork(after_in_child=_connections.clear)  # they are the parent's

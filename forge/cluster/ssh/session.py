@@ -40,6 +40,8 @@ code=$?; kill $watch; exit $code"""
 """sshd runs a command without a terminal in its own session and leaves it running when the connection is lost. So
 this watcher ends the session's process group when the sshd process of the connection has gone."""
 _BATCH = ("-o", "BatchMode=yes")
+_FORWARDS = ("-o", "ClearAllForwardings=no")
+"""Whatever the user's configuration says: forge forwards its own port only."""
 _NO_SSH = "ssh is not installed on this machine; install OpenSSH's client"
 
 
@@ -94,24 +96,30 @@ class SshHost:
         line = command if isinstance(command, str) else shlex.join(command)
         if kill_on_disconnect:
             line = _KILL_ON_DISCONNECT.format(line=line)
-        marker = make_marker()
+        marker, deadline = make_marker(), time.monotonic() + timeout_s
         try:
             options = self._connection.options(timeout_s=timeout_s)
             ssh = [*self.ssh("-T", *_BATCH, *options), wrap_line(line, marker=marker)]
-            done = _run(ssh, stdin_arguments(stdin), timeout_s=timeout_s)
+            done = _run(ssh, stdin_arguments(stdin), timeout_s=max(0.0, deadline - time.monotonic()))
         except ConnectionFailedError as error:
             raise self._explain(error.stderr.decode(errors="replace")) from None
         except FileNotFoundError:
             raise ClusterError(_NO_SSH) from None
-        except subprocess.TimeoutExpired:
+        except BaseException as error:
             if kill_on_disconnect:
                 self._connection.close()
+            if not isinstance(error, subprocess.TimeoutExpired):
+                raise
             raise ClusterError(
                 f"{self.host} did not answer within {timeout_s:.0f} s; try it by hand: {shlex.join(self.ssh())}"
             ) from None
         if done.returncode < 0:
             raise ClusterError(f"{self.host} was cancelled: ssh was ended by signal {-done.returncode}")
         if done.returncode == OPENSSH_FAILED:
+            reason = after_marker(done.stderr, marker=marker)
+            if reason is not None:  # it has begun
+                text = reason.decode(errors="replace").strip()
+                raise ClusterError(f"{self.host} was lost while a command ran there{': ' * bool(text)}{text}")
             raise self._explain(done.stderr.decode(errors="replace"))
         return self._without_start_up_text(done, marker=marker)
 
@@ -155,7 +163,7 @@ class SshHost:
     def _forwarded(self, path: Path, port: int) -> Iterator[None]:
         """Forward a Unix socket to a port of the host: on the shared connection, or by a process of its own."""
         try:
-            options = self._connection.options(timeout_s=_FORWARD_TIMEOUT_S)
+            shared = self._connection.options(timeout_s=_FORWARD_TIMEOUT_S)
         except ConnectionFailedError as error:
             raise self._explain(error.stderr.decode(errors="replace")) from None
         except FileNotFoundError:
@@ -163,13 +171,14 @@ class SshHost:
         except subprocess.TimeoutExpired:
             raise self._no_forward() from None
         rule = f"{path}:127.0.0.1:{port}"
-        if options and _is_done(self.ssh(*options, "-O", "forward", "-L", rule)):
+        control = self.ssh(*shared, *_FORWARDS, "-L", rule, "-O")
+        if shared and _is_done([*control[:-1], "forward", control[-1]]) and path.is_socket():
             try:
                 yield
             finally:
-                _is_done(self.ssh(*options, "-O", "cancel", "-L", rule))
+                _is_done([*control[:-1], "cancel", control[-1]])
             return
-        ssh = self.ssh("-N", "-T", *_BATCH, "-o", "ExitOnForwardFailure=yes", "-L", rule)
+        ssh = self.ssh("-N", "-T", *_BATCH, *_FORWARDS, "-o", "ExitOnForwardFailure=yes", "-L", rule)
         with subprocess.Popen(
             ssh, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
         ) as tunnel:
