@@ -89,6 +89,7 @@ def test_mlflow__end_of_the_run__is_its_status(tmp_path: Path, database: Path) -
     assert only_run(folder).info.status == "FAILED"
 
 
+@pytest.mark.slow
 def test_mlflow__killed_and_resumed__one_run_with_every_step_once(tmp_path: Path, database: Path) -> None:
     folder = copied(database, tmp_path / "tiny-3")
     client = client_of(folder)
