@@ -15,6 +15,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
@@ -348,9 +349,11 @@ class TestErrors:
             wait_for(lambda: not mentioning("4321.5"), timeout_s=5)
 
     def test_run__kill_on_disconnect__leaves_no_watcher(self, machine: SshHost) -> None:
-        done = machine.run("echo $PPID; exit 3", kill_on_disconnect=True)
-        assert done.returncode == 3
-        wait_for(lambda: not mentioning(f"-d /proc/{done.stdout.decode().strip()}", "/proc/$PPID"), timeout_s=5)
+        for line in ("echo $PPID; exit 3", "echo $PPID; exec sh -c 'exit 3'", "echo $PPID; false || (exit 3)"):
+            done = machine.run(line, kill_on_disconnect=True)
+            assert done.returncode == 3
+            words = (f"-d /proc/{done.stdout.decode().strip()}", "/proc/$PPID")
+            wait_for(partial(lambda words: not mentioning(*words), words), timeout_s=5)
 
     def test_run__any_login_shell__start_up_text_is_no_output(self, hosts: Hosts, machine: SshHost) -> None:
         for host in range(hosts.count):

@@ -35,10 +35,12 @@ _POLL_S = 0.02
 _KILL_ON_DISCONNECT = """\
 ( while test $PPID != 1 -a -d /proc/$PPID; do sleep 0.2; done
 kill -s TERM -- -$$ ) </dev/null >/dev/null 2>&1 & watch=$!
-{line}
+( {line}
+)
 code=$?; kill $watch; exit $code"""
 """sshd runs a command without a terminal in its own session and leaves it running when the connection is lost. So
-this watcher ends the session's process group when the sshd process of the connection has gone."""
+this watcher ends the session's process group when the sshd process of the connection has gone. The command may exit
+its shell, or replace it: the watcher ends all the same, while the connection goes on."""
 _BATCH = ("-o", "BatchMode=yes")
 _FORWARDS = ("-o", "ClearAllForwardings=no")
 """Whatever the user's configuration says: forge forwards its own port only."""
