@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import socket
@@ -108,15 +107,17 @@ def test_run__kill_on_disconnect_times_out_or_is_cancelled__ends_the_command(hos
     wait_for(lambda: not mentioning("4321.25"), timeout_s=5)
 
     def sleep() -> None:
-        with contextlib.suppress(ClusterError):
+        with pytest.raises(ClusterError, match=r"was cancelled$"):
             host.run(["sleep", "4321.75"], kill_on_disconnect=True)
+        ended.append("4321.75")
 
+    ended: list[str] = []
     thread = threading.Thread(target=sleep)
     thread.start()
     wait_for(lambda: mentioning("4321.75"), timeout_s=5)
     cancel_all()
     thread.join(5)
-    assert not thread.is_alive()
+    assert ended == ["4321.75"]
     wait_for(lambda: not mentioning("4321.75"), timeout_s=5)
 
 

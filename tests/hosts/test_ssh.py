@@ -24,6 +24,7 @@ import psutil
 import pytest
 
 from forge.cluster.base import NodeProgress, read_record, token_path
+from forge.cluster.ssh.connection import close_connections
 from forge.cluster.ssh.provider import SshCluster
 from forge.cluster.ssh.session import SshHost
 from forge.cluster.ssh.wheel import Requirements
@@ -195,7 +196,9 @@ class TestUp:
     def test_up__another_up_is_running__is_refused(self, cluster: str, hosts: Hosts, home: Path) -> None:
         first = start_forge("cluster", "up", cluster, cwd=home)
         wait_for(lambda: b"checking" in os.read(first.stderr.fileno(), 100))  # type: ignore[union-attr]
+        first.send_signal(signal.SIGSTOP)  # it would be over before the second one has begun
         second = forge("cluster", "up", cluster, cwd=home)
+        first.send_signal(signal.SIGCONT)
         assert (second.returncode, "another forge process is starting or stopping" in second.stderr) == (3, True)
         first.communicate(timeout=60)
         assert first.returncode == 0
@@ -437,6 +440,7 @@ class TestErrors:
             match="1 of at least 2 machines of 'small' are ready.*(?s:.*)nothing was started",
         )
         assert "correct it under machines in the cluster's file" in progress[0].message
+        close_connections()
         assert mentioning("small") == []
 
 

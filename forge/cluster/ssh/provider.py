@@ -302,7 +302,7 @@ class SshCluster:
                 return self._start(host, ready=ready[host], token=token, session=session, on_progress=on_progress)
             except ClusterError:
                 if host == head:
-                    cancel_all()  # the others would wait for it until their timeout
+                    cancel_all(wait=False)  # the others would wait for it until their timeout
                 raise
 
         job_ports = map_hosts(list(ready), start, failures=late, on_progress=on_progress)

@@ -10,6 +10,7 @@ import contextlib
 import shlex
 import socket
 import subprocess
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -107,6 +108,8 @@ class SshHost:
             raise self._explain(error.stderr.decode(errors="replace")) from None
         except FileNotFoundError:
             raise ClusterError(_NO_SSH) from None
+        except _CancelledError:
+            raise ClusterError(f"{self.host} was cancelled") from None
         except BaseException as error:
             if kill_on_disconnect:
                 self._connection.close()
@@ -247,11 +250,19 @@ class SshHost:
         )
 
 
-def cancel_all() -> None:
-    """End every ssh command that a thread of this process waits for, and their connections."""
+def cancel_all(*, wait: bool = True) -> None:
+    """End every ssh command that a thread of this process waits for, and their connections.
+
+    Args:
+        wait: until the connections are closed.
+    """
+    _cancelled.update(_running)
     for ssh in list(_running):
         ssh.terminate()
-    close_connections()
+    if wait:
+        close_connections()
+    else:
+        threading.Thread(target=close_connections, daemon=True).start()
 
 
 def _path_option(name: str, path: Path) -> str:
@@ -275,7 +286,7 @@ def _is_done(command: Sequence[str]) -> bool:
     """Run a command for the process of the shared connection. Returns: whether it has carried it out."""
     try:
         return _run(command, stdin_arguments(b""), timeout_s=_CONTROL_TIMEOUT_S).returncode == 0
-    except (OSError, subprocess.TimeoutExpired):
+    except (OSError, subprocess.TimeoutExpired, _CancelledError):
         return False
 
 
@@ -289,13 +300,21 @@ def _connect_unix(path: Path) -> socket.socket:
         raise
 
 
+class _CancelledError(Exception):
+    """`cancel_all` has ended a command."""
+
+
 _running: set[subprocess.Popen[bytes]] = set()
+_cancelled: set[subprocess.Popen[bytes]] = set()
 
 
 def _run(
     command: Sequence[str], stdin: Mapping[str, Any], *, timeout_s: float
 ) -> subprocess.CompletedProcess[bytes]:
-    """Like `subprocess.run`, but `cancel_all` can end it."""
+    """Like `subprocess.run`, but `cancel_all` can end it.
+
+    Raises: _CancelledError if it did, and what `subprocess.run` raises.
+    """
     text = stdin.get("input")
     source = subprocess.PIPE if text is not None else stdin["stdin"]
     with subprocess.Popen(command, stdin=source, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as ssh:
@@ -307,4 +326,8 @@ def _run(
             raise
         finally:
             _running.discard(ssh)
+            is_cancelled = ssh in _cancelled
+            _cancelled.discard(ssh)
+    if is_cancelled:
+        raise _CancelledError
     return subprocess.CompletedProcess(ssh.args, ssh.returncode, out, err)
