@@ -35,14 +35,7 @@ from forge.process import is_alive, open_log
 from forge.remote.secrets import stash_secrets, take_secrets
 from forge.runs.lock import driver_pid
 from forge.runs.logs import last_lines, log_size, read_new
-from forge.runtime.driver_process import (
-    DRIVER_MODULE,
-    MAP,
-    MAP_DRIVER_MODULE,
-    RESULTS,
-    SERVER_MODULE,
-    LocalRun,
-)
+from forge.runtime.driver_process import DRIVER_MODULE, MAP, MAP_DRIVER_MODULE, RESULTS, SERVER_MODULE, LocalRun
 from forge.runtime.local_gpus import local_gpu
 from forge.serve.http.settings import SETTINGS, settings_from_json
 
@@ -71,7 +64,7 @@ def main() -> None:
     upload.add_argument("--folder", type=Path)
     upload.add_argument("--mark", help="name of a file that the client has put into its own folder of the run")
     verbs.add_parser("serve")
-    for verb in ("server", "update"):
+    for verb in ("server", "update", "fetch", "discard", "stop", "status"):
         verbs.add_parser(verb).add_argument("folder", type=Path)
     more = verbs.add_parser("more")
     more.add_argument("folder", type=Path)
@@ -87,14 +80,10 @@ def main() -> None:
     store.add_argument("--root", type=Path, default=_HOME)
     verbs.add_parser("stored").add_argument("name")
     verbs.add_parser("stash").add_argument("name")
-    verbs.add_parser("fetch").add_argument("folder", type=Path)
-    verbs.add_parser("discard").add_argument("folder", type=Path)
     drain = verbs.add_parser("drain")
     drain.add_argument("node_id")
     drain.add_argument("seconds", type=float)
     drain.add_argument("address")
-    verbs.add_parser("stop").add_argument("folder", type=Path)
-    verbs.add_parser("status").add_argument("folder", type=Path)
     log = verbs.add_parser("log")
     log.add_argument("folder", type=Path)
     log.add_argument("name")
@@ -147,7 +136,7 @@ def _upload(options: argparse.Namespace) -> dict[str, Any]:
         raise ArgumentError(f"{options.run_id} is already running on the cluster; watch it: forge runs watch")
     if (
         options.mark is not None and (folder / options.mark).exists()
-    ):  # each record would be written twice, for ever
+    ):  # each record would be written again, for ever
         raise ArgumentError(
             f"{folder} on the cluster is also the run's folder on this machine, and both write events.jsonl: set "
             "storage in the cluster file, or checkpoint.to, to a folder that is not the one of this machine's runs"
@@ -301,9 +290,8 @@ def _status(options: argparse.Namespace) -> dict[str, Any]:
     """Return whether a run has a driver, and how many events and steps it has recorded."""
     from forge.runs.reader import count_records
 
-    is_running = (
-        driver_pid(options.folder) is not None
-    )  # first, so that the records of a driver that ends now are counted
+    # First, so that the records of a driver that ends now are counted.
+    is_running = driver_pid(options.folder) is not None
     return {"is_running": is_running, "records": count_records(options.folder)}
 
 
