@@ -112,6 +112,7 @@ def test_list_of_a_cluster__running_run_of_any_folder__is_copied_and_stopped_the
     runs.refresh(whole=True)
     wait_for(lambda: (runs.refresh(whole=True), runs.rows()[0].status)[1] == "stopped")
     assert [words for words in away.asked if words[0] == "stop"] == [("stop", "/there/on-away")]
+    assert wait_for(lambda: remote.handle_of(folder) is None)  # the thread that copies ends a moment later
     assert stop_run(folder, remote=remote) == "on-away is not running"
 
 
