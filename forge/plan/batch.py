@@ -73,9 +73,11 @@ def plan_batch(
     """
     num_groups = world_size // sequence_parallel_size
     if num_groups > global_batch_size:
+        most = global_batch_size * sequence_parallel_size
+        each = "" if sequence_parallel_size == 1 else f" at {sequence_parallel_size} workers for each sequence"
         raise PlanError(
-            f"a global batch of {global_batch_size} sequences cannot feed {world_size} workers: "
-            f"{world_size - global_batch_size * sequence_parallel_size} of them would be idle; "
+            f"a global batch of {global_batch_size} sequences cannot feed {world_size} workers: it feeds at most "
+            f"{most}{each}, and {world_size - most} of them would be idle; "
             f"raise training.global_batch_size or lower resources.workers"
         )
     largest_share = -(-global_batch_size // num_groups)

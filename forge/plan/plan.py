@@ -333,14 +333,18 @@ def _plan_sizes(
     teacher: TeacherInfo | None,
     links: Interconnect | None,
 ) -> tuple[WorldSizePlan, ...]:
-    """Plan numbers of workers; the same for the sizes that a plan lists and for the others."""
+    """Plan numbers of workers, ascending; the same for the sizes that a plan lists and for the others.
+
+    The largest, which the job file names, is planned first: an error of too small a batch is about this number.
+    """
     state = optimizer_state(groups_of(job.training, model))
-    return tuple(
+    worlds = [
         plan_world_size(
             job, model=model, hardware=hardware, world_size=size, state=state, teacher=teacher, links=links
         )
-        for size in sizes
-    )
+        for size in reversed(sizes)
+    ]
+    return tuple(reversed(worlds))
 
 
 def _tokens_per_step(job: JobSpec, corpus: CorpusInfo | None) -> int:

@@ -44,7 +44,7 @@ def test_plan_batch__micro_steps_and_padding__are_minimal(
 
 
 def test_plan_batch__more_workers_than_sequences__is_rejected() -> None:
-    with pytest.raises(PlanError, match=r"4 sequences cannot feed 6 workers"):
+    with pytest.raises(PlanError, match=r"4 sequences cannot feed 6 workers: it feeds at most 4, and 2 of them"):
         plan_batch(4, world_size=6, max_micro_batch_size=1)
 
 

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import pytest
 
 from forge.errors import PlanError
 from forge.plan.curve import config_digest
 from forge.plan.inputs import CorpusInfo, HardwareInfo
-from forge.plan.memory import HOST_ACTIVATIONS, LIBRARIES_BYTES, USABLE_SHARE, estimate_memory
+from forge.plan.memory import (
+    HOST_ACTIVATIONS,
+    LIBRARIES_BYTES,
+    USABLE_SHARE,
+    MemoryEstimate,
+    estimate_memory,
+)
 from forge.plan.parameter_groups import OptimizerState
 from forge.plan.plan import (
     DraftPlan,
@@ -88,6 +96,35 @@ def test_make_plan__10_000_workers__lists_few_and_plans_any() -> None:
     assert made.for_world_size(9_999).batch.world_size == 9_999
     with pytest.raises(PlanError, match=r"1\.\.10000 workers, not 10001"):
         made.for_world_size(10_001)
+
+
+def test_make_plan__10_000_gpus_and_every_choice_open__estimates_memory_a_bounded_number_of_times(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    num_estimates: Counter[int] = Counter()
+
+    def counted(*arguments: Any, world_size: int, **options: Any) -> MemoryEstimate:
+        num_estimates[world_size] += 1
+        return estimate_memory(*arguments, world_size=world_size, **options)
+
+    monkeypatch.setattr("forge.plan.world_size.estimate_memory", counted)
+    h100 = HardwareInfo(device="cuda", name="H100-80GB", memory_bytes=80 * 2**30, peak_flops=None)
+    # Too much for few workers, so that groups and degrees of every size are tried.
+    facts = tiny_facts(
+        num_parameters=70_000_000_000, num_trainable_parameters=70_000_000_000, hidden_size=8192, num_layers=80,
+        num_attention_heads=64, num_key_value_heads=64, max_seq_len=None,
+    )  # fmt: skip
+    job = tiny_job(**LONG, training__zero={"stage": 3}, training__sequence_parallel="auto", data__seq_len=4096)
+    made = make_draft(job, model=facts, hardware=h100)
+    assert {world.group_size for world in made.worlds} >= {1, 8}
+    assert len(made.worlds) < 200
+    assert sum(num_estimates.values()) < 100 * len(made.worlds)
+
+
+def test_make_plan__more_workers_than_the_batch_feeds__names_the_number_of_the_job_file() -> None:
+    message = r"64 sequences cannot feed 10000 workers: it feeds at most 64, and 9936 of them would be idle"
+    with pytest.raises(PlanError, match=message):
+        plan(**LONG | {"training__global_batch_size": 64})
 
 
 def test_listed_sizes__all_ranges__have_their_ends_and_a_bounded_length() -> None:

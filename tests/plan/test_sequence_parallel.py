@@ -59,7 +59,7 @@ def test_degree__auto_and_little_memory__is_the_lowest_that_fits() -> None:
 
 def test_degree__more_workers_than_sequences__groups_are_fed() -> None:
     assert degrees(workers="8", batch=2, training__sequence_parallel=4) == {8: 4}
-    with pytest.raises(PlanError, match=r"cannot feed 8 workers: 4 of them would be idle"):
+    with pytest.raises(PlanError, match=r"8 workers: it feeds at most 4 at 2 workers for each sequence"):
         degrees(workers="8", batch=2, training__sequence_parallel=2)
 
 
