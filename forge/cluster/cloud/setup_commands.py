@@ -64,8 +64,9 @@ def install_command(package: Package, *, cloud: str, archive: str) -> str:
         f"~/.forge/uv/bin/uv venv -q --python {minor} {environment}/env && "
         f'forge_pip() {{ ~/.forge/uv/bin/python -m pip --python {python} "$@"; }}; fi'
     )
+    install = package.install_commands("forge_pip", python=python, locks=(cloud,))
     return (
         f"test -e {environment}/complete || {{ rm -rf {environment} && mkdir -p {environment}/source && "
         f"tar -xf {archive} -C {environment}/source && cd {environment}/source && {{ {create}; }} && "
-        f"{package.pip_commands('forge_pip', locks=(cloud,))} && touch {environment}/complete; }}"
+        f"{install} && touch {environment}/complete; }}"
     )

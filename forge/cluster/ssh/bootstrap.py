@@ -34,6 +34,8 @@ _MAX_CLOCK_SKEW_S = 30.0
 _MIN_FREE_BYTES = 2 * 10**9
 _INSTALLED_BYTES = 12 * 10**9
 """The size of an environment with the CUDA build of torch."""
+_COMPILE = "import compileall, sysconfig; compileall.compile_dir(sysconfig.get_path('purelib'), quiet=2, workers=0)"
+"""Compile all modules on all cores, while pip would use one; files that are no Python 3, as templates, are left."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,19 +93,23 @@ class Package:
         digest = digest_of(wheel, requirements)
         return cls(content=target.getvalue(), digest=digest, has_wheels=wheels is not None)
 
-    def pip_commands(self, pip: str, *, locks: Sequence[str] = ()) -> str:
+    def install_commands(self, pip: str, *, python: str, locks: Sequence[str] = ()) -> str:
         """Shell commands that install the package from the folder with its files; nothing without a hash.
 
         Args:
             pip: the command of pip.
+            python: the Python of the environment, quoted.
             locks: names of further lock files; not used with a folder of wheels, which has everything.
         """
-        base = f"{pip} install -q --disable-pip-version-check --no-input --require-hashes"
+        base = f"{pip} install -q --no-compile --disable-pip-version-check --no-input --require-hashes"
         if self.has_wheels:
             base += " --no-index --find-links wheels"
             locks = ()
         steps = [f"{base} --only-binary :all: -r {name}.txt" for name in ("requirements", *locks)]
-        return " && ".join([*steps, f"{base} --no-deps --no-build-isolation -r source.txt"])
+        steps.append(f"{base} --no-deps --no-build-isolation -r source.txt")
+        # Without it each module is compiled when it is first imported.
+        compiles = f"{{ {python} -P -c {shlex.quote(_COMPILE)} || true; }}"
+        return " && ".join([*steps, compiles])
 
     def install(self, host: SshHost, facts: Mapping[str, Any]) -> str:
         """Build the environment on a host unless it exists. Returns: its Python.
@@ -115,10 +121,11 @@ class Package:
         """
         environment = f"{facts['folder']}/envs/{self.digest}"
         there = shlex.quote(environment)
+        python = f"{there}/env/bin/python"
         build = (
             f"rm -rf {there} && mkdir -p {there}/source && cd {there}/source && tar xf - && "
             f"{shlex.quote(str(facts['python']))} -m venv {there}/env && "
-            f"{self.pip_commands(f'{there}/env/bin/python -P -m pip')} && touch {there}/complete"
+            f"{self.install_commands(f'{python} -P -m pip', python=python)} && touch {there}/complete"
         )
         once = f"test -e {there}/complete || {{ {build}; }}"
         envs = shlex.quote(f"{facts['folder']}/envs")
