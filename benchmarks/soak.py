@@ -103,6 +103,7 @@ GROUPS = (
             "tests/checkpoint",
             "tests/data",
             "tests/cli",
+            "tests/config",
             "tests/serve",
             "--ignore=tests/serve/vllm",
             "tests/inference",

@@ -28,7 +28,9 @@ settings.load_profile("forge")
 
 TESTS = Path(__file__).parent
 ALONE = (
-    *("benchmarks", "hosts", "remote", "checkpoint/test_storage.py", "search/test_tune_end_to_end.py"),
+    *("hosts", "remote", "search/test_tune_end_to_end.py"),
+    *("benchmarks/test_benchmarks_run.py", "benchmarks/test_gpu_check.py", "benchmarks/test_program.py"),
+    "benchmarks/test_torchrun.py",
     *(
         "elastic/test_deadline_machines.py",
         "elastic/test_faults.py",
