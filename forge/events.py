@@ -353,6 +353,14 @@ class AttentionChosen:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class GradientsNotQuantized:
+    """A generation reduces gradients unquantised, although the plan quantises them at its number of workers
+    (`training.zero.quantized_gradients`)."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LayersCompiled:
     """The layers of the model were compiled in the first step of a generation (`training.compile`)."""
 
@@ -699,6 +707,7 @@ Event = (
     | GenerationStarting
     | GenerationStarted
     | AttentionChosen
+    | GradientsNotQuantized
     | LayersCompiled
     | CompileFailed
     | SnapshotIntervalChanged

@@ -521,8 +521,9 @@ def _start(state: MembershipState, now: float, *, found: ReplicatedStep | None, 
 def _assign(state: MembershipState, now: float) -> tuple[str, ...]:
     """Choose a node for each rank: nodes that hold the newest replicas first, so that little state is transferred.
 
-    Groups of ranks are consecutive, so nodes with whole groups come before all others: a group is then on one node
-    as far as the slots allow. While slots are released for another run, guaranteed slots come first.
+    Groups of ranks are consecutive, so nodes with whole groups come before all others. If that leaves more groups
+    on several nodes than necessary, the whole groups of all nodes come first, and the slots that are left over form
+    the last groups. While slots are released for another run, guaranteed slots come first.
     """
     size = _num_ranks(state, _usable_slots(state, now), now=now)
     group = state.group_sizes.get(size, 1)
@@ -534,19 +535,24 @@ def _assign(state: MembershipState, now: float) -> tuple[str, ...]:
     order = sorted(usable, key=lambda name: (usable[name] % group > 0, -_newest_step(state.nodes[name]), name))
     taken, left = dict.fromkeys(order, 0), size
     for only_guaranteed in (True, False) if now < state.yield_until else (False,):
-        for name in order:
-            most = min(usable[name], state.nodes[name].num_guaranteed) if only_guaranteed else usable[name]
-            more = max(0, min(most - taken[name], left))
-            taken[name] += more
-            left -= more
-    return tuple(name for name in order for _ in range(taken[name]))
+        for unit in (group, 1) if group > 1 else (1,):
+            for name in order:
+                most = min(usable[name], state.nodes[name].num_guaranteed) if only_guaranteed else usable[name]
+                more = max(0, min(most - taken[name], left)) // unit * unit
+                taken[name] += more
+                left -= more
+    whole = Counter({name: taken[name] // group * group for name in order})
+    in_order = tuple(name for name in order for _ in range(taken[name]))
+    whole_first = (*whole.elements(), *(Counter(taken) - whole).elements())
+    return min(in_order, whole_first, key=lambda assignment: _num_split(assignment, size=group))
 
 
 def _num_split(assignment: tuple[str, ...], *, size: int) -> int:
     """Count the groups of consecutive ranks that are on more than one node."""
     if size == 1:
         return 0
-    return sum(len(set(assignment[at : at + size])) > 1 for at in range(0, len(assignment), size))
+    firsts = range(0, len(assignment) - size + 1, size)  # the ranks after the last group belong to none
+    return sum(len(set(assignment[at : at + size])) > 1 for at in firsts)
 
 
 def _newest_step(node: MemberNode) -> int:

@@ -93,7 +93,8 @@ class MembershipState:
     num_spare: Mapping[int, int] = field(default_factory=dict)
     """Usable slots → how many of them get no rank, by the plan; 0 where left out."""
     group_sizes: Mapping[int, int] = field(default_factory=dict)
-    """World size → ranks in a group that should be on one node, as of hpZ; 1 where left out."""
+    """World size → ranks in a group that should be on one node, as of hpZ or those that share a sequence; 1 where
+    left out."""
     num_shard_groups: Mapping[int, int] = field(default_factory=dict)
     """World size → groups of ranks that each hold the whole state; 1 where left out."""
     phase: Phase = Phase.WAITING

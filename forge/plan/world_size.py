@@ -11,6 +11,7 @@ A plan lists every number of workers of a short range, and of a long one about 1
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial, reduce
@@ -59,7 +60,8 @@ class WorldSizePlan:
     """DeepSpeed's configuration."""
     groups: RankGroups = NO_GROUPS
     node_group_size: int = 1
-    """Consecutive ranks that should be on one node."""
+    """Consecutive ranks that should be on one node: a group of hpZ or a shard group, the ranks that share a
+    sequence, or both."""
     num_spare: int = 0
     """Workers that a generation leaves without a rank if the cluster has room for so many workers, because the step
     of the others alone is estimated to be shorter."""
@@ -169,7 +171,8 @@ def plan_world_size(
 def with_quantized_gradients(job: JobSpec, *, world_size: int, gpus_per_node: int) -> JobSpec:
     """Return the job without qgZ where DeepSpeed cannot form its groups, the GPUs of each machine.
 
-    It can at up to one machine of workers, where it quantises nothing, and at whole machines.
+    It can at up to one machine of workers, where it quantises nothing, and at whole machines. A generation whose
+    nodes have other numbers of GPUs than planned leaves qgZ out as well (`forge.train.quantized_gradients`).
 
     Source: deepspeed.utils.groups._get_local_all_to_all_group, which fails between one machine and two, and leaves
     the last ranks without a group above.
@@ -225,7 +228,18 @@ def _split(
         fits=None if hardware.memory_bytes is None else need.fits(hardware.memory_bytes),
         deepspeed=deepspeed_config(job.training, batch, groups=groups),
         groups=groups,
-        node_group_size=groups.hpz_partition_size
-        if groups.num_shard_groups == 1
-        else min(world_size // groups.num_shard_groups, gpus_per_node),
+        node_group_size=_node_group_size(groups, batch=batch, gpus_per_node=gpus_per_node),
     )
+
+
+def _node_group_size(groups: RankGroups, *, batch: BatchPlan, gpus_per_node: int) -> int:
+    """Return how many consecutive ranks should be on one node, so that groups of each kind are on one.
+
+    If a node has too few GPUs for that, it is the ranks that share a sequence: computation does not hide their
+    exchanges, whereas weights are gathered ahead.
+    """
+    degree, size = batch.sequence_parallel_size, groups.hpz_partition_size
+    if groups.num_shard_groups > 1:
+        size = min(batch.world_size // groups.num_shard_groups, gpus_per_node)
+    both = math.lcm(size, degree)
+    return both if degree == 1 or both <= gpus_per_node else degree

@@ -66,7 +66,7 @@ class EventDescriber:
                 return self._after_reason(describe_start(event))
             case "GenerationStarted":
                 self._members = {rank["node"] for rank in event.get("ranks", ())}
-            case "AttentionChosen" | "LayersCompiled" | "CompileFailed":
+            case "AttentionChosen" | "GradientsNotQuantized" | "LayersCompiled" | "CompileFailed":
                 return _speed_text(event)
             case "SnapshotIntervalChanged":
                 every = "every step" if event["every"] == 1 else f"every {event['every']} steps"
@@ -106,6 +106,8 @@ def _early_stop_text(event: Mapping[str, Any]) -> str:
 def _speed_text(event: Mapping[str, Any]) -> str:
     if event["event"] == "AttentionChosen":
         return f"attention: {event['name']} ({event['reason']})"
+    if event["event"] == "GradientsNotQuantized":
+        return f"gradients are not quantised (training.zero.quantized_gradients): {event['reason']}"
     if event["event"] == "CompileFailed":
         return f"layers run uncompiled (training.compile): {event['reason']}"
     layers = f"{event['num_layers']} layers compiled in {format_duration(event['seconds'])}"

@@ -10,6 +10,7 @@ import deepspeed
 import deepspeed.ops
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime import compiler
 
 from forge.train.cuda import set_up_nccl
@@ -45,6 +46,11 @@ def join_process_group(*, device: torch.device, rendezvous: Rendezvous | None = 
         rank=int(os.environ["RANK"]),
         world_size=int(os.environ["WORLD_SIZE"]),
     )
+
+
+def num_visible_devices() -> int:
+    """Return how many GPUs this process sees, as DeepSpeed counts them."""
+    return int(get_accelerator().device_count())
 
 
 def import_late_modules(*, device: str) -> None:

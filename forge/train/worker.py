@@ -48,6 +48,7 @@ from forge.train.liger import use_liger
 from forge.train.loop import LoopResult, SnapshotPolicy, TrainInputs, train
 from forge.train.peak import find_peak
 from forge.train.process_group import Rendezvous, join_process_group
+from forge.train.quantized_gradients import agree_on_quantized_gradients
 from forge.train.snapshot_interval import SnapshotInterval
 from forge.train.snapshotter import ReplicaClient, Snapshotter
 from forge.train.task_scores import build_scorer
@@ -131,7 +132,7 @@ def run_worker(
     clock.lap("rendezvous")
     state_source = elastic.state_source if elastic else None
     attention = _attention(plan, context, device=device, reporter=reporter)
-    engine = _build(plan, context, device=device, skip_init=state_source is not None, attention=attention)
+    engine = _build(plan, context, device=device, source=state_source, attention=attention, reporter=reporter)
     compiler = _speed_up_layers(engine, plan, context, reporter=reporter, on_progress=clock.on_lap)
     clock.lap("build")
     start = _load(engine, plan, context, state_source=state_source, reporter=reporter)
@@ -245,17 +246,23 @@ def _attention(plan: Plan, context: WorkerContext, *, device: torch.device, repo
 
 
 def _build(
-    plan: Plan, context: WorkerContext, *, device: torch.device, skip_init: bool, attention: str | None
+    plan: Plan,
+    context: WorkerContext,
+    *,
+    device: torch.device,
+    source: StateSource | None,
+    attention: str | None,
+    reporter: Reporter,
 ) -> Engine:
     """Build the engine for one world size; collective."""
     for init in (plan.init, plan.adapters_init):
-        if init is not None and not skip_init:
+        if init is not None and source is None:
             _verify_init(init, checkpoints=context.checkpoints)
     world = plan.for_world_size(context.world_size)
     return build_engine(
         plan.job.model,
         plan.job.training,
-        deepspeed_config=world.deepspeed,
+        deepspeed_config=agree_on_quantized_gradients(world.deepspeed, reporter=reporter),
         sequence_parallel_size=world.batch.sequence_parallel_size,
         num_shard_groups=world.groups.num_shard_groups,
         data=DataShape.of(plan),
@@ -264,7 +271,7 @@ def _build(
         ),
         attention=attention,
         device=device,
-        skip_init=skip_init,
+        skip_init=source is not None,
         has_linear_head=plan.model.has_linear_head,
         pins_base=plan.job.holds_reference,
     )

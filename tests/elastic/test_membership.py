@@ -897,3 +897,25 @@ def test_start__minimum_while_slots_are_released__has_no_spare_worker() -> None:
     run = waiting(low=4, high=8, num_spare={5: 1}, yield_until=1000.0)
     actions = run.on(slots("a", 5, num_guaranteed=4))
     assert actions[0] == start(1, *"aaaa")
+
+
+@pytest.mark.parametrize(
+    ("group", "assignment", "num_split"),
+    [(4, "bbbbaaac", 1), (2, "bbbbaaac", 1), (3, "aaabbbbc", 0), (5, "aaabbbbc", 1)],
+)
+def test_start__unequal_nodes__whole_groups_first(group: int, assignment: str, num_split: int) -> None:
+    run = waiting(low=8, high=8, group_sizes={8: group})
+    run.on(slots("a", 3))
+    run.on(slots("b", 4))
+    (started,) = run.on(slots("c", 1))
+    assert isinstance(started, StartGeneration)
+    assert ("".join(started.assignment), started.num_split_groups) == (assignment, num_split)
+
+
+def test_start__groups_and_left_over_slots__as_few_split_groups_as_possible() -> None:
+    run = waiting(low=12, high=12, group_sizes={12: 4})
+    for name, count in (("a", 5), ("b", 5)):
+        run.on(slots(name, count))
+    (started,) = run.on(slots("c", 2))
+    assert isinstance(started, StartGeneration)
+    assert ("".join(started.assignment), started.num_split_groups) == ("aaaabbbbabcc", 1)

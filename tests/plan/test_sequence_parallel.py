@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from forge.config.training import TrainingSpec
 from forge.errors import PlanError
 from forge.plan.batch import plan_batch
+from forge.plan.machines import interconnect
 from forge.plan.plan import make_draft
 from forge.plan.sequence_parallel import longest_sequences
 from tests.support.jobs import CPU, tiny_facts, tiny_job
@@ -85,6 +86,32 @@ def test_degree__impossible__is_refused_by_name(degree: int, facts: dict[str, An
     with pytest.raises(PlanError, match=problem) as raised:
         make_draft(job, model=tiny_facts(**facts), hardware=CPU)
     assert raised.value.job_key == "training.sequence_parallel"
+
+
+@pytest.mark.parametrize(
+    ("zero", "gpus", "size"),
+    [
+        ({}, 8, 4),
+        ({"hpz_partition_size": 2}, 8, 4),
+        ({"hpz_partition_size": 8}, 8, 8),
+        ({"shard_group_size": 8}, 8, 8),
+        ({"shard_group_size": 6}, 12, 12),
+        ({"shard_group_size": 6}, 8, 4),  # no node holds whole groups of both kinds
+        ({"shard_group_size": 8}, 4, 4),
+        ({"shard_group_size": 8}, 1, 4),
+    ],
+)
+def test_node_group_size__sequence_and_state_groups__both_on_a_node_or_the_sequence(
+    zero: dict[str, Any], gpus: int, size: int
+) -> None:
+    job = tiny_job(
+        resources__workers="24",
+        training__sequence_parallel=4,
+        training__zero={"stage": 3, "shard_group_size": "all", "hpz_partition_size": 1} | zero,
+    )
+    links = interconnect(gpus_per_node=gpus, gbps=100)
+    plan = make_draft(job, model=tiny_facts(**EIGHT), hardware=CPU, links=links)
+    assert plan.for_world_size(24).node_group_size == size
 
 
 @pytest.mark.parametrize(("size", "objective"), [(0, "causal-lm"), (-2, "chat"), (2, "masked-lm"), (2, "seq2seq")])

@@ -15,6 +15,7 @@ from forge.events import (
     ForkServerFailed,
     GenerationStarted,
     GenerationStarting,
+    GradientsNotQuantized,
     KilledForMemory,
     LayersCompiled,
     MachinesChosen,
@@ -207,6 +208,11 @@ def test_describe__idle_node_left__has_its_own_line() -> None:
         (
             AttentionChosen(name="sdpa", reason="not flash_attention_2: the package flash-attn is not installed"),
             "attention: sdpa (not flash_attention_2: the package flash-attn is not installed)",
+        ),
+        (
+            GradientsNotQuantized(reason="7 ranks are no multiple of the 4 GPUs of a node"),
+            "gradients are not quantised (training.zero.quantized_gradients): 7 ranks are no multiple of the 4 "
+            "GPUs of a node",
         ),
         (
             LayersCompiled(num_layers=12, num_graphs=2, num_from_cache=1, seconds=8.0),
