@@ -259,16 +259,35 @@ class ModelInfo:
     fp8_layers: Fp8Layers | None = None
     """None if unknown."""
 
-    def at_length(self, seq_len: int, *, measured_at: int) -> ModelInfo:
-        """Return the model with what a row of another length keeps for the backward pass, in proportion."""
+    def at_length(self, seq_len: int, *, measured_at: int, grows_positions: bool) -> ModelInfo:
+        """Return the model for rows of another length: what a row keeps for the backward pass, in proportion.
+
+        Args:
+            measured_at: tokens per row now.
+            grows_positions: the number of positions follows `data.seq_len`, so tables of learned ones grow too.
+        """
 
         def scaled(sizes: Mapping[str, int]) -> dict[str, int]:
             return {name: size * seq_len // measured_at for name, size in sizes.items()}
 
-        return replace(
+        other = replace(
             self,
             layer_bytes_per_row=scaled(self.layer_bytes_per_row),
             product_bytes_per_row=scaled(self.product_bytes_per_row),
+        )
+        tables = [one for one in self.trained if grows_positions and _is_position_table(one)]
+        if not tables:
+            return other
+        grown = {
+            one.name: replace(one, shape=(one.shape[0] + seq_len - measured_at, *one.shape[1:])) for one in tables
+        }
+        added = sum(grown[one.name].numel - one.numel for one in tables)
+        return replace(
+            other,
+            trained=tuple(grown.get(one.name, one) for one in self.trained),
+            num_parameters=self.num_parameters + added,
+            num_trainable_parameters=self.num_trainable_parameters + added,
+            largest_module_parameters=max(self.largest_module_parameters, *(one.numel for one in grown.values())),
         )
 
     def stores_scores(self, *, is_on_host: bool, seq_len: int, wanted: str = "auto") -> bool:
@@ -280,6 +299,11 @@ class ModelInfo:
         is_short = is_on_host and seq_len <= PLAIN_ATTENTION_TOKENS
         chosen = self.attention or (None if wanted == "auto" else wanted)
         return chosen == "eager" or (chosen is None and is_short)
+
+
+def _is_position_table(parameter: TrainedParameter) -> bool:
+    """Whether a parameter has a row for each position: `wpe` of GPT-2, `position_embeddings`, `embed_positions`."""
+    return parameter.role == "embedding" and ("position" in parameter.name or "wpe" in parameter.name)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

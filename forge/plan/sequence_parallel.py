@@ -11,8 +11,9 @@ Source: DeepSpeed Ulysses, arXiv 2309.14509.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 from forge.config.job import JobSpec
 from forge.config.training import SEQUENCE_PARALLEL_OBJECTIVES
@@ -22,8 +23,11 @@ from forge.plan.inputs import ModelInfo
 from forge.plan.memory import MemoryEstimate, max_micro_batch_size
 
 _KEY = "training.sequence_parallel"
-_MAX_SEARCHED_TOKENS = 2**24
+MAX_SEARCHED_TOKENS = 2**24
 """Longer sequences are not looked at."""
+STEP_TOKENS = 64
+"""Lengths that are looked at are multiples of this × the degree."""
+_POSITION_KEYS = ("max_position_embeddings", "n_positions", "n_ctx")
 
 
 def sequence_parallel_problem(job: JobSpec, model: ModelInfo) -> str | None:
@@ -40,10 +44,34 @@ def sequence_parallel_problem(job: JobSpec, model: ModelInfo) -> str | None:
 
 def possible_degrees(job: JobSpec, model: ModelInfo) -> tuple[int, ...]:
     """Return every degree that divides heads, key-value heads and the sequence, ascending from 1."""
+    return tuple(degree for degree in degrees_of_heads(job, model) if job.data.seq_len % degree == 0)
+
+
+def degrees_of_heads(job: JobSpec, model: ModelInfo) -> tuple[int, ...]:
+    """Return every degree that divides heads and key-value heads, ascending from 1: those of any length."""
     if sequence_parallel_problem(job, model) is not None:
         return (1,)
-    common = math.gcd(model.num_attention_heads, model.num_key_value_heads, job.data.seq_len)
+    common = math.gcd(model.num_attention_heads, model.num_key_value_heads)
     return tuple(degree for degree in range(1, common + 1) if common % degree == 0)
+
+
+def position_limit(job: JobSpec, model: ModelInfo) -> int | None:
+    """Return for how many tokens the model has positions, whatever `data.seq_len` is; None if they follow it.
+
+    A new model gets positions for `data.seq_len` (of some encoder-decoders one more), unless the job gives their
+    number.
+    """
+    limit = model.max_seq_len
+    if limit is None or job.model.from_pretrained is not None or _has_key(job.model.config_overrides):
+        return limit
+    return None if limit in (job.data.seq_len, job.data.seq_len + 1) else limit
+
+
+def _has_key(given: Mapping[str, Any]) -> bool:
+    """Whether the job gives the number of positions, of the model or of a part."""
+    return any(
+        key in _POSITION_KEYS or (isinstance(value, Mapping) and _has_key(value)) for key, value in given.items()
+    )
 
 
 def require_degree(job: JobSpec, model: ModelInfo) -> None:
@@ -127,19 +155,24 @@ def _positions(batch: BatchPlan) -> float:
 def longest_sequences(
     degrees: Sequence[int], *, estimate: Callable[[int, int], MemoryEstimate], memory_bytes: int, most: int | None
 ) -> dict[int, int]:
-    """Return the longest sequence that fits at each degree with one sequence per micro-batch, by degree.
+    """Return the longest sequence that fits at each degree, by degree.
 
     Args:
         estimate: memory at a degree and a length in tokens.
         memory_bytes: of one worker.
         most: positions of the model; None if they do not limit it.
 
-    Returns: tokens, a multiple of 64 × the degree if that is not 0; 0 if not even the shortest fits.
+    Returns: tokens, a multiple of `STEP_TOKENS` × the degree or as many as the model has positions for; 0 if not
+        even the shortest fits.
     """
+    limit = min(most or MAX_SEARCHED_TOKENS, MAX_SEARCHED_TOKENS)
     found = {}
     for degree in degrees:
-        unit = 64 * degree
-        low, high = 0, min(most or _MAX_SEARCHED_TOKENS, _MAX_SEARCHED_TOKENS) // unit
+        unit, largest = STEP_TOKENS * degree, limit - limit % degree
+        low, high = 0, limit // unit
+        if largest and estimate(degree, largest).fits(memory_bytes):
+            found[degree] = largest
+            continue
         while low < high:
             middle = (low + high + 1) // 2
             if estimate(degree, middle * unit).fits(memory_bytes):

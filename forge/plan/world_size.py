@@ -168,6 +168,33 @@ def plan_world_size(
     return replace(best, num_spare=world_size - whole) if is_better else best
 
 
+def memory_estimate(
+    job: JobSpec,
+    *,
+    model: ModelInfo,
+    hardware: HardwareInfo,
+    world_size: int,
+    state: OptimizerState,
+    teacher: TeacherInfo | None,
+    groups: RankGroups,
+) -> Callable[..., MemoryEstimate]:
+    """Return `estimate_memory` of a job, with all given but `micro_batch_size` and `sequence_parallel_size`."""
+    return partial(
+        estimate_memory,
+        model,
+        job.training,
+        world_size=world_size,
+        seq_len=job.data.seq_len,
+        is_on_host=hardware.device == "cpu",
+        state=state,
+        num_copies=num_copies_in_memory(engine=job.resources.engine, world_size=world_size),
+        has_standby=job.resources.engine == "elastic",
+        teacher=teacher,
+        holds_reference=job.holds_reference,
+        groups=groups,
+    )
+
+
 def with_quantized_gradients(job: JobSpec, *, world_size: int, gpus_per_node: int) -> JobSpec:
     """Return the job without qgZ where DeepSpeed cannot form its groups, the GPUs of each machine.
 
@@ -206,19 +233,8 @@ def _split(
 ) -> WorldSizePlan:
     """Plan one number of workers with given groups."""
     job = job_at(world_size=world_size)
-    estimate = partial(
-        estimate_memory,
-        model,
-        job.training,
-        world_size=world_size,
-        seq_len=job.data.seq_len,
-        is_on_host=hardware.device == "cpu",
-        state=state,
-        num_copies=num_copies_in_memory(engine=job.resources.engine, world_size=world_size),
-        has_standby=job.resources.engine == "elastic",
-        teacher=teacher,
-        holds_reference=job.holds_reference,
-        groups=groups,
+    estimate = memory_estimate(
+        job, model=model, hardware=hardware, world_size=world_size, state=state, teacher=teacher, groups=groups
     )
     batch = split_batch(job, model, estimate=estimate, world_size=world_size, memory_bytes=hardware.memory_bytes)
     need = estimate(micro_batch_size=batch.micro_batch_size, sequence_parallel_size=batch.sequence_parallel_size)

@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 from forge.config.training import TrainingSpec
 from forge.errors import PlanError
 from forge.plan.batch import plan_batch
+from forge.plan.inputs import TeacherInfo, TrainedParameter
 from forge.plan.machines import interconnect
-from forge.plan.plan import make_draft
+from forge.plan.plan import DraftPlan, make_draft
 from forge.plan.sequence_parallel import longest_sequences
+from forge.report.sequence_text import sequence_facts
 from tests.support.jobs import CPU, tiny_facts, tiny_job
 
 EIGHT = {"num_attention_heads": 8, "num_key_value_heads": 8}
@@ -157,4 +159,130 @@ def test_longest_sequences__degrees__grow_in_proportion() -> None:
     for degree, length in found.items():
         assert estimate(degree, length).fits(16 * 2**30)
         assert not estimate(degree, length + 64 * degree).fits(16 * 2**30)
-    assert longest_sequences((2,), estimate=estimate, memory_bytes=16 * 2**30, most=1000) == {2: 896}
+    assert longest_sequences((2,), estimate=estimate, memory_bytes=16 * 2**30, most=1001) == {2: 1000}
+
+
+LARGE: dict[str, Any] = EIGHT | {
+    "num_parameters": 10**9, "num_trainable_parameters": 10**9, "num_matmul_parameters": 9 * 10**8,
+    "hidden_size": 2048, "intermediate_size": 8192, "num_layers": 16, "attention_width": 2048,
+}  # fmt: skip
+H100_LIKE = replace(CPU, device="cuda", name="unknown GPU", memory_bytes=80 * 2**30)
+
+
+def draft_at(
+    seq_len: int, *, facts: dict[str, Any] | None = None, teacher: TeacherInfo | None = None, **changes: Any
+) -> DraftPlan:
+    """The plan of a large model that takes its positions from `data.seq_len`, as new ones do."""
+    job = tiny_job(
+        **{"resources__workers": "8", "training__global_batch_size": 64} | changes, data__seq_len=seq_len
+    )
+    model = tiny_facts(**LARGE | {"max_seq_len": seq_len} | (facts or {}))
+    return make_draft(job, model=model, hardware=H100_LIKE, teacher=teacher)
+
+
+def lengths(plan: DraftPlan) -> dict[int, int]:
+    """The longest sequences of the plan's line, by degree."""
+    line = dict(sequence_facts(plan))["longest sequence"]
+    if "by ranks that share it: " not in line:
+        return {1: int(line.split()[0].replace(",", ""))}
+    pairs = [pair.split(" at ") for pair in line.split("share it: ")[1].split(";")[0].split(", ")]
+    return {int(degree): int(length.replace(",", "")) for length, degree in pairs}
+
+
+TEACHER = TeacherInfo(
+    source="t", digest="d", class_name="T", num_parameters=2 * 10**9, forward_flops_per_token=1, vocab_size=128
+)
+
+
+@pytest.mark.parametrize(
+    ("changes", "teacher"),
+    [
+        ({}, None),
+        ({"training__zero": {"stage": 2, "shard_group_size": 2}}, None),
+        ({"training__zero": {"stage": 3, "hpz_partition_size": 4}}, None),
+        ({"training__micro_batch_size": 4, "training__activation_checkpointing": True}, None),
+        (
+            {
+                "training__objective": "distillation",
+                "training__distillation": {"teacher": "/t", "digest": "0" * 32},
+            },
+            TEACHER,
+        ),
+        (
+            {"training__objective": "dpo", "data__format": "preference", "model": {"from_pretrained": "/base"}},
+            None,
+        ),
+    ],
+)
+def test_longest_sequence__of_the_plan__fits_and_the_next_one_does_not(
+    changes: dict[str, Any], teacher: TeacherInfo | None
+) -> None:
+    of_model = {"max_seq_len": None}
+    found = lengths(draft_at(64, facts=of_model, teacher=teacher, **changes))
+    assert list(found) == ([1] if "training__objective" in changes else [1, 2, 4, 8])
+    micro = {"training__micro_batch_size": 1} | changes
+    for degree, length in found.items():
+        shared = micro | {"training__sequence_parallel": degree}
+        assert length > 64
+        for tokens, fits in ((length, True), (length + 64 * degree, False)):
+            world = draft_at(tokens, facts=of_model, teacher=teacher, **shared).worlds[-1]
+            assert (world.fits, world.batch.sequence_parallel_size) == (fits, degree), (degree, tokens)
+
+
+def test_longest_sequence__groups__leave_less_room() -> None:
+    stage = {"training__zero": {"stage": 2}}
+    groups = {"training__zero": {"stage": 2, "shard_group_size": 2}}
+    assert lengths(draft_at(64, **groups))[1] < lengths(draft_at(64, **stage))[1]
+
+
+def test_longest_sequence__learned_positions__their_table_grows() -> None:
+    def found(name: str) -> int:
+        # A rest that makes the sizes add up; 64 positions of the table are among the parameters.
+        table = TrainedParameter(name=name, shape=(64, 2048), role="embedding")
+        rest = TrainedParameter(name="rest", shape=(10**9 - table.numel,))
+        return lengths(draft_at(64, facts={"trained": (table, rest), "num_key_value_heads": 1}))[1]
+
+    assert found("transformer.wpe.weight") < found("transformer.wte.weight")
+
+
+@pytest.mark.parametrize(
+    ("model", "positions", "line"),
+    [
+        ({}, 4096, "at 8"),
+        ({"max_position_embeddings": 4096}, 4096, "the model has positions for 4,096"),
+        ({}, 8192, "the model has positions for 8,192"),  # of a class that does not take the number of the data
+    ],
+)
+def test_longest_sequence__positions__limit_it_where_they_do_not_follow_the_data(
+    model: dict[str, Any], positions: int, line: str
+) -> None:
+    changes = {f"model__{key}": value for key, value in model.items()}
+    plan = draft_at(4096, facts={"max_seq_len": positions}, **changes)
+    text = dict(sequence_facts(plan))["longest sequence"]
+    assert text.endswith(line)
+    assert (max(lengths(plan).values()) <= positions) is ("positions" in line)
+
+
+def test_longest_sequence__pretrained__is_limited() -> None:
+    job = tiny_job(model={"from_pretrained": "/somewhere"}, training__sequence_parallel=2, resources__workers="2")
+    plan = make_draft(job, model=tiny_facts(**EIGHT | {"max_seq_len": 16}), hardware=H100_LIKE)
+    assert lengths(plan) == {1: 16, 2: 16}
+
+
+def test_longest_sequence__one_rank_per_sequence__is_said_shortly() -> None:
+    problem = {"sequence_parallel_problem": "BloomForCausalLM is not supported"}
+    facts = dict(sequence_facts(draft_at(2048, facts=problem)))
+    assert "sequences" not in facts
+    assert facts["longest sequence"].endswith("tokens fit at 8 workers")
+    facts = dict(sequence_facts(draft_at(2**20, facts=problem)))
+    assert facts["sequences"] == "ranks cannot share any: BloomForCausalLM is not supported"
+    assert lengths(draft_at(2**20, facts=problem)) == lengths(draft_at(2048, facts=problem))
+
+
+def test_longest_sequence__nothing_fits_or_memory_unknown__is_said() -> None:
+    facts = dict(sequence_facts(draft_at(64, facts={"num_parameters": 10**11})))
+    assert "none at 1, none at 2" in facts["longest sequence"]
+    plan = make_draft(tiny_job(), model=tiny_facts(**EIGHT), hardware=CPU)
+    assert sequence_facts(plan) == []
+    facts = dict(sequence_facts(draft_at(64, facts={"activation_bytes_per_row": 1000})))
+    assert facts["longest sequence"].startswith("unknown: the memory of LlamaForCausalLM")
