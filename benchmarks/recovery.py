@@ -86,9 +86,11 @@ def main() -> None:
     """Kill a node of every contender in turn, `--repeats` times; then measure the other changes."""
     parser = benchmark_parser(__doc__)
     parser.add_argument("--peer-repeats", type=int, default=3, help="they are slow")
+    parser.add_argument("--sequences", type=int, default=JOB["global_batch_size"], help="of a step")
     everything = (*CONTENDERS, "changes", "partition")
     parser.add_argument("--only", nargs="+", choices=everything, default=everything, metavar="NAME")
     options = parse_options(parser, smallest={"peer_repeats": 1})
+    job = {**JOB, "global_batch_size": options.sequences}
     repeats = {
         name: options.repeats if program == "forge_elastic" else options.peer_repeats
         for name, (program, _) in CONTENDERS.items()
@@ -98,7 +100,7 @@ def main() -> None:
         for name in runs:
             if repeat < repeats[name]:
                 kill_after_s = 0.0 if options.smallest else KILLS_SPREAD_S * (repeat + 0.5) / repeats[name]
-                recovery = measure(name, kill_after_s=kill_after_s)
+                recovery = measure(name, job=job, kill_after_s=kill_after_s)
                 runs[name].append(recovery)
                 if recovery is not None:
                     print(f"  {name}: {recovery}", file=sys.stderr)
@@ -106,11 +108,11 @@ def main() -> None:
     write_json(options.json, figures=figures)  # what is measured is kept, whatever happens to the rest
     for name, measure_more in (("changes", measure_changes), ("partition", measure_partition)):
         if name in options.only:
-            figures |= measure_more(JOB, repeats=options.repeats)
+            figures |= measure_more(job, repeats=options.repeats)
             write_json(options.json, figures=figures)
 
 
-def measure(name: str, *, kill_after_s: float) -> Recovery | None:
+def measure(name: str, *, job: Mapping[str, Any], kill_after_s: float) -> Recovery | None:
     """Measure one run of one contender; None if it did not recover in time.
 
     Args:
@@ -119,7 +121,7 @@ def measure(name: str, *, kill_after_s: float) -> Recovery | None:
     program_name, settings = CONTENDERS[name]
     with tempfile.TemporaryDirectory(prefix="bench-", ignore_cleanup_errors=True) as text:
         folder = Path(text)
-        request = {**JOB, **settings, "folder": text, "nodes": NODES}
+        request = {**job, **settings, "folder": text, "nodes": NODES}
         steps = folder / "steps.jsonl"
         with running(module(program_name, request), folder=folder) as program:
             deadline = time.monotonic() + START_LIMIT_S
