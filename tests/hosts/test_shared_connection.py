@@ -90,6 +90,24 @@ def test_run__connection_lost__opens_another(hosts: Hosts, tmp_path: Path) -> No
     assert ssh_process(host).pid != lost.pid
 
 
+def test_cancel_all__connection_is_being_opened__says_that_it_was_cancelled(tmp_path: Path) -> None:
+    failures: list[str] = []
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # never says that it is an SSH server
+        host = SshHost(host="127.0.0.1", port=silent.getsockname()[1], known_hosts=tmp_path / "known")
+
+        def run() -> None:
+            with pytest.raises(ClusterError) as caught:
+                host.run(["true"])
+            failures.append(str(caught.value))
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        silent.accept()
+        cancel_all()
+        thread.join()
+    assert failures == ["127.0.0.1 was cancelled"]
+
+
 def test_run_and_forward__server_allows_one_session__work_all_the_same(hosts: Hosts, tmp_path: Path) -> None:
     host = machine(hosts, tmp_path, 1)
     for _ in range(2):

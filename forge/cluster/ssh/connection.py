@@ -47,6 +47,10 @@ class ConnectionFailedError(Exception):
         self.stderr = stderr
 
 
+class ConnectionCancelledError(Exception):
+    """The connection was closed by another thread while it was opened."""
+
+
 class SharedConnection:
     """The connection to one host: opened when it is first needed, and again after it was lost."""
 
@@ -58,12 +62,14 @@ class SharedConnection:
         self._process: subprocess.Popen[bytes] | None = None
         self._path: Path | None = None
         self._is_possible = True
+        self._cancelled: subprocess.Popen[bytes] | None = None
 
     def options(self, *, timeout_s: float) -> list[str]:
         """Return the options by which ssh uses the connection; none if it cannot be shared.
 
-        Raises: ConnectionFailedError; TimeoutExpired of subprocess if the host does not answer in time;
-            FileNotFoundError if ssh is not installed; ClusterError if there is no folder for the socket.
+        Raises: ConnectionFailedError; ConnectionCancelledError; TimeoutExpired of subprocess if the host does not
+            answer in time; FileNotFoundError if ssh is not installed; ClusterError if there is no folder for the
+            socket.
         """
         deadline = time.monotonic() + timeout_s
         if not self._lock.acquire(timeout=timeout_s):  # another thread waits for the host
@@ -88,6 +94,7 @@ class SharedConnection:
         """End the connection, and the commands that use it."""
         process = self._process
         if process is not None:
+            self._cancelled = process
             with contextlib.suppress(OSError):
                 process.terminate()  # not under the lock, which a thread holds that waits for the host
         with self._lock:
@@ -109,9 +116,11 @@ class SharedConnection:
                 raise
             if is_open:
                 return
-            code = self._process.poll()
+            code, is_cancelled = self._process.poll(), self._process is self._cancelled
             errors.seek(0)
             self._close()
+            if is_cancelled:
+                raise ConnectionCancelledError
             if code == OPENSSH_FAILED:
                 raise ConnectionFailedError(errors.read(_ERROR_BYTES))
             if code is not None and code < 0:

@@ -20,6 +20,7 @@ from typing import IO, Any
 from forge.cluster.base import stdin_arguments
 from forge.cluster.ssh.connection import (
     OPENSSH_FAILED,
+    ConnectionCancelledError,
     ConnectionFailedError,
     SharedConnection,
     close_connections,
@@ -108,7 +109,7 @@ class SshHost:
             raise self._explain(error.stderr.decode(errors="replace")) from None
         except FileNotFoundError:
             raise ClusterError(_NO_SSH) from None
-        except _CancelledError:
+        except (_CancelledError, ConnectionCancelledError):
             raise ClusterError(f"{self.host} was cancelled") from None
         except BaseException as error:
             if kill_on_disconnect:
@@ -171,6 +172,8 @@ class SshHost:
             shared = self._connection.options(timeout_s=_FORWARD_TIMEOUT_S)
         except ConnectionFailedError as error:
             raise self._explain(error.stderr.decode(errors="replace")) from None
+        except ConnectionCancelledError:
+            raise ClusterError(f"{self.host} was cancelled") from None
         except FileNotFoundError:
             raise ClusterError(_NO_SSH) from None
         except subprocess.TimeoutExpired:
