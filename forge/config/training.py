@@ -214,7 +214,8 @@ class TrainingSpec(Section):
     """How attention is computed; losses agree within rounding. `auto`: on a GPU in bf16 the first of
     FlashAttention-3, FlashAttention-2 and `sdpa` that is installed and runs on every rank; else `sdpa`, torch's
     fused attention, or on a CPU up to 512 tokens `eager`, three plain products. A name is refused where it is not
-    possible. Kernels of the Hub are code that forge does not execute. transformers' `attn_implementation`."""
+    possible; where ranks share sequences only `sdpa` is, and with another name `sequence_parallel: auto` is 1.
+    Kernels of the Hub are code that forge does not execute. transformers' `attn_implementation`."""
 
     liger: FlagOrAuto = "auto"
     """Compute norms, rotary positions and activation functions with Liger's fused kernels (arXiv 2410.10989), on
@@ -224,9 +225,10 @@ class TrainingSpec(Section):
 
     compile: Literal["auto", "on", "off"] = "auto"
     """Compile each layer with `torch.compile`, which joins its small operations into few kernels. `auto`: not yet,
-    as no GPU has shown what it gains; the plan says so. `on` needs ZeRO stages 0 to 2 and no dropout. Compiling
-    takes a minute or more at the start of a run; a resized run finds the code in its cache. The loss agrees within
-    rounding. If a layer cannot be compiled, the layers run uncompiled, and the event `CompileFailed` says why."""
+    as no GPU has shown what it gains; the plan says so. `on` needs ZeRO stages 0 to 2, no dropout and whole
+    sequences on each rank (`sequence_parallel`). Compiling takes a minute or more at the start of a run; a resized
+    run finds the code in its cache. The loss agrees within rounding. If a layer cannot be compiled,
+    the layers run uncompiled, and the event `CompileFailed` says why."""
 
     cross_entropy: Literal["chunked", "plain"] = "chunked"
     """`chunked`: compute the loss and its gradient over a few rows of logits at a time, so that the logits of the

@@ -21,6 +21,7 @@ from forge.errors import PlanError
 from forge.plan.batch import BatchPlan, plan_batch
 from forge.plan.inputs import ModelInfo
 from forge.plan.memory import MemoryEstimate, max_micro_batch_size
+from forge.plan.speed import shared_attention_problem
 
 _KEY = "training.sequence_parallel"
 MAX_SEARCHED_TOKENS = 2**24
@@ -39,7 +40,7 @@ def sequence_parallel_problem(job: JobSpec, model: ModelInfo) -> str | None:
         return model.sequence_parallel_problem
     if not model.num_attention_heads or not model.num_key_value_heads:
         return f"the number of attention heads of {model.class_name} is unknown"
-    return None
+    return shared_attention_problem(job, model)
 
 
 def possible_degrees(job: JobSpec, model: ModelInfo) -> tuple[int, ...]:

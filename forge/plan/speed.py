@@ -19,6 +19,8 @@ LIGER_MODELS = frozenset({"gemma", "granite", "llama", "mistral", "olmo2", "phi3
 
 Source: `liger_kernel.transformers.monkey_patch.MODEL_TYPE_TO_APPLY_LIGER_FN`."""
 _FLASH = ("flash_attention_2", "flash_attention_3")
+SHARED_ATTENTION = "sdpa"
+"""How attention is computed where ranks share each sequence."""
 _OF_MODEL = "model.attn_implementation"
 _MAX_HEAD = 256
 """Source: https://github.com/Dao-AILab/flash-attention, README, "All head dimensions up to 256"."""
@@ -28,6 +30,11 @@ _JOINED = frozenset({"causal-lm", "chat", "distillation", "dpo", "ipo", "orpo", 
 _DROPOUT = "the masks of dropout are drawn for each sample in Python, which cannot be compiled"
 _QUANTISED = "layers in 4 bits (model.lora.quantize) call bitsandbytes, which cannot be compiled"
 _PARTITIONED = "ZeRO 3 gathers the weights of each module when it is called, which a compiled layer does not do"
+
+_EXCHANGED = (
+    "ranks that share each sequence divide it in attention at its examples, whose lengths differ in every step: "
+    "layers would be compiled again in each"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,14 +66,14 @@ def attention_choice(
     wanted = job.training.attention
     if job.model.class_reference is not None:
         return AttentionChoice(names=(), reason=f"{model.class_name} has attention of its own")
+    if sequence_parallel_size > 1:
+        return AttentionChoice(names=(SHARED_ATTENTION,), reason="ranks share each sequence")
     if model.has_dropout:
         return AttentionChoice(names=("eager",), reason="dropout is drawn for each sample")
     if model.sdpa_problem is not None:
         return AttentionChoice(names=("eager",), reason=model.sdpa_problem)
     if model.attention is not None:
         return AttentionChoice(names=(model.attention,), reason=_OF_MODEL)
-    if sequence_parallel_size > 1:
-        return AttentionChoice(names=("sdpa",), reason="ranks share each sequence")
     if wanted != "auto":
         return AttentionChoice(names=(wanted,), reason=f"training.attention: {wanted}")
     if device == "cpu":
@@ -80,10 +87,22 @@ def attention_choice(
     return AttentionChoice(names=(*reversed(_FLASH), "sdpa"), reason="the first that runs on every rank")
 
 
+def shared_attention_problem(job: JobSpec, model: ModelInfo) -> str | None:
+    """Return why ranks cannot share sequences with the attention that the job names; None if they can."""
+    for key, wanted in (("training.attention", job.training.attention), (_OF_MODEL, model.attention)):
+        if wanted not in ("auto", None, SHARED_ATTENTION):
+            return f"{key} is {wanted}, and ranks that share each sequence use {SHARED_ATTENTION}"
+    return None
+
+
 def require_attention(job: JobSpec, *, model: ModelInfo, device: str) -> None:
     """Raises: PlanError if the job names an implementation of attention that cannot be."""
     wanted: str = job.training.attention
     key = "training.attention"
+    if job.training.sequence_parallel not in ("auto", 1) and (problem := shared_attention_problem(job, model)):
+        key = "training.attention" if wanted not in ("auto", SHARED_ATTENTION) else _OF_MODEL
+        size = f"training.sequence_parallel: {job.training.sequence_parallel}"
+        raise PlanError(f"{problem} ({size}); use {SHARED_ATTENTION}, or sequence_parallel: 1", job_key=key)
     chosen = attention_choice(job, model=model, device=device)
     if wanted == "auto" and chosen.reason == _OF_MODEL:
         wanted, key = chosen.names[0], _OF_MODEL
@@ -96,10 +115,6 @@ def require_attention(job: JobSpec, *, model: ModelInfo, device: str) -> None:
         return
     problem = _flash_problem(job, model, device)
     if problem is not None:
-        raise PlanError(f"{problem}; use auto or sdpa", job_key=key)
-    if job.training.sequence_parallel not in ("auto", 1):
-        size = job.training.sequence_parallel
-        problem = f"{wanted} is not used where ranks share each sequence (training.sequence_parallel: {size})"
         raise PlanError(f"{problem}; use auto or sdpa", job_key=key)
 
 
@@ -129,13 +144,15 @@ def head_size(model: ModelInfo) -> int:
     return model.attention_width // max(1, model.num_attention_heads)
 
 
-def compile_choice(job: JobSpec, *, model: ModelInfo, device: str) -> SpeedChoice:
+def compile_choice(job: JobSpec, *, model: ModelInfo, device: str, sequence_parallel_size: int = 1) -> SpeedChoice:
     """Return whether layers are compiled (`training.compile`), and why.
 
     Args:
         device: `cpu` or `cuda`.
+        sequence_parallel_size: ranks that share each sequence.
     """
-    wanted, problem = job.training.compile, _compile_problem(job, model)
+    wanted = job.training.compile
+    problem = _compile_problem(job, model, sequence_parallel_size=sequence_parallel_size)
     if wanted == "off":
         return SpeedChoice(is_on=False, reason="training.compile: off")
     if problem is not None:
@@ -238,13 +255,17 @@ def _left_out(model: ModelInfo) -> Mapping[str, int]:
 
 def require_compilable(job: JobSpec, model: ModelInfo) -> None:
     """Raises: PlanError if the job asks for compiled layers and they cannot be."""
-    if job.training.compile == "on" and (problem := _compile_problem(job, model)) is not None:
+    asked = job.training.sequence_parallel
+    problem = _compile_problem(job, model, sequence_parallel_size=1 if asked == "auto" else asked)
+    if job.training.compile == "on" and problem is not None:
         raise PlanError(f"{problem}; use auto or off", job_key="training.compile")
 
 
-def _compile_problem(job: JobSpec, model: ModelInfo) -> str | None:
+def _compile_problem(job: JobSpec, model: ModelInfo, *, sequence_parallel_size: int) -> str | None:
     if job.training.zero.stage == 3:
         return _PARTITIONED
     if job.model.lora is not None and job.model.lora.quantize != "none":
         return _QUANTISED
+    if sequence_parallel_size > 1:
+        return _EXCHANGED
     return _DROPOUT if model.has_dropout else None

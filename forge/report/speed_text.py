@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from forge.plan.plan import DraftPlan
 from forge.plan.speed import attention_choice, compile_choice, liger_choice
 
 
 def speed_facts(plan: DraftPlan) -> list[tuple[str, str]]:
     """Describe each choice of `forge.plan.speed`."""
-    choice = compile_choice(plan.job, model=plan.model, device=plan.hardware.device)
     facts = []
     if plan.job.training.activation_checkpointing:
         is_selective = plan.job.training.activation_checkpointing == "selective"
@@ -24,11 +25,37 @@ def speed_facts(plan: DraftPlan) -> list[tuple[str, str]]:
         facts.append(("layer inputs", f"{text} (training.activation_offload)"))
     if plan.job.training.fp8:
         facts.append(("fp8", _fp8_text(plan)))
-    attention = attention_choice(plan.job, model=plan.model, device=plan.hardware.device)
-    facts.append(("attention", f"{' or '.join(attention.names) or 'the class'} ({attention.reason})"))
+    facts.append(("attention", _at_degrees(plan, _attention_text)))
     liger = liger_choice(plan.job, model=plan.model, device=plan.hardware.device)
     facts.append(("liger", f"{'fused kernels' if liger.is_on else 'not used'} ({liger.reason})"))
-    return [*facts, ("compile", f"{'each layer' if choice.is_on else 'nothing'} ({choice.reason})")]
+    return [*facts, ("compile", _at_degrees(plan, _compile_text))]
+
+
+def _attention_text(plan: DraftPlan, *, sequence_parallel_size: int) -> str:
+    choice = attention_choice(
+        plan.job,
+        model=plan.model,
+        device=plan.hardware.device,
+        sequence_parallel_size=sequence_parallel_size,
+    )
+    return f"{' or '.join(choice.names) or 'the class'} ({choice.reason})"
+
+
+def _compile_text(plan: DraftPlan, *, sequence_parallel_size: int) -> str:
+    choice = compile_choice(
+        plan.job,
+        model=plan.model,
+        device=plan.hardware.device,
+        sequence_parallel_size=sequence_parallel_size,
+    )
+    return f"{'each layer' if choice.is_on else 'nothing'} ({choice.reason})"
+
+
+def _at_degrees(plan: DraftPlan, describe: Callable[..., str]) -> str:
+    """Describe a choice where ranks share no sequence and where they do, whichever the numbers of workers have."""
+    shared = {world.batch.sequence_parallel_size > 1 for world in plan.worlds}
+    texts = [describe(plan, sequence_parallel_size=2 if one else 1) for one in sorted(shared)]
+    return "; ".join(dict.fromkeys(texts))
 
 
 def _fp8_text(plan: DraftPlan) -> str:

@@ -288,7 +288,9 @@ def _speed_up_layers(
     """Use Liger's kernels, or have the layers compiled in the first step, if the plan says so."""
     if liger_choice(plan.job, model=plan.model, device=engine.device.type).is_on:
         use_liger(engine.model)
-    if not compile_choice(plan.job, model=plan.model, device=plan.hardware.device).is_on:
+    degree = plan.for_world_size(context.world_size).batch.sequence_parallel_size
+    device = plan.hardware.device
+    if not compile_choice(plan.job, model=plan.model, device=device, sequence_parallel_size=degree).is_on:
         return None
     from forge.train.layer_compiler import (
         LayerCompiler,
