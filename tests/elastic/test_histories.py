@@ -60,6 +60,39 @@ CALM_ROUNDS = 60
 
 
 @dataclass(frozen=True)
+class Layout:
+    """What the plan says of each number of ranks."""
+
+    group_size: int = 1
+    """Ranks of a group that should be on one node; 1: no groups."""
+    is_sharded: bool = False
+    """Whether each group holds the whole state."""
+    leaves_spare: bool = False
+    """Whether slots beyond whole groups get no rank."""
+
+    def num_spare(self, num_slots: int, *, low: int) -> int:
+        """Slots without a rank, of so many."""
+        spare = num_slots % self.group_size if self.leaves_spare else 0
+        return spare if num_slots - spare >= low else 0
+
+    def num_shard_groups(self, world_size: int) -> int:
+        is_whole = world_size % self.group_size == 0
+        return world_size // self.group_size if self.is_sharded and is_whole and self.group_size > 1 else 1
+
+    def state(self, *, low: int, high: int, **fields: Any) -> MembershipState:
+        """The state of a new supervisor."""
+        sizes = range(low, high + 1)
+        return MembershipState(
+            min_workers=low,
+            max_workers=high,
+            num_spare={size: self.num_spare(size, low=low) for size in sizes},
+            group_sizes={size: self.group_size for size in sizes if size % self.group_size == 0},
+            num_shard_groups={size: self.num_shard_groups(size) for size in sizes},
+            **fields,
+        )
+
+
+@dataclass(frozen=True)
 class SetFlag:
     """The command to set a control flag of rank 0."""
 
@@ -92,7 +125,7 @@ class Machine:
     generation: int = 0
     ranks: dict[int, Rank] = field(default_factory=dict)
     store: dict[tuple[int, int], list[int]] = field(default_factory=dict)
-    """(generation, rank) → the steps of its complete snapshots, at most two."""
+    """(generation, number of the snapshot) → the steps of its complete snapshots, at most two."""
     dropped_before: int = 0
     refused: int = 0
     preempted_at: float | None = None
@@ -108,6 +141,9 @@ class Generation:
 
     start: StartGeneration
     step: int
+    pieces: tuple[tuple[int, ...], ...]
+    """rank → the numbers of the snapshots that it takes, see `is_sent`."""
+    num_pieces: int
     peers: dict[str, str | None]
     begun: set[int] = field(default_factory=set)
     gone: set[int] = field(default_factory=set)
@@ -121,13 +157,28 @@ class Generation:
     is_draining: bool = False
     is_stopping: bool = False
 
+    def is_sent(self, piece: int) -> bool:
+        """Whether a copy of a snapshot is sent to another node."""
+        return piece == 0 or not self.start.parts_per_shard
+
+
+def pieces_of(start: StartGeneration) -> tuple[tuple[tuple[int, ...], ...], int]:
+    """The snapshots of each rank, and how many there are; see `forge.train.snapshot_pieces`."""
+    world_size, parts = len(start.assignment), start.parts_per_shard
+    if not parts:
+        return tuple((rank,) for rank in range(world_size)), world_size
+    size = world_size // start.num_shard_groups
+    common = [1 + rank % size * parts + rank // size % parts for rank in range(world_size)]
+    return tuple((0, piece) if rank == 0 else (piece,) for rank, piece in enumerate(common)), 1 + size * parts
+
 
 class World:
     """The simulated cluster, and the supervisor, which knows only what is reported."""
 
-    def __init__(self, *, low: int, high: int, snapshot_every: int) -> None:
+    def __init__(self, *, low: int, high: int, snapshot_every: int, layout: Layout | None = None) -> None:
         self.now = 0.0
-        self.state = MembershipState(min_workers=low, max_workers=high)
+        self.layout = layout or Layout()
+        self.state = self.layout.state(low=low, high=high)
         self.snapshot_every = snapshot_every
         self.machines: dict[str, Machine] = {}
         self.generations: dict[int, Generation] = {}
@@ -204,14 +255,34 @@ class World:
             assert node.preempted_at is None or node.preempted_at > self.now
         assert start.step == max(self.state.stored_step, newest(complete_steps(known(self.state))))
         assert start.step >= newest(self.reachable()), "memory holds a newer step"
+        self.check_layout(start)
         names = list(dict.fromkeys(start.assignment))
         spare = next((name for name in self.state.nodes if name not in names), None)
         ring = dict(zip(names, [*names[1:], names[0]], strict=True)) if len(names) > 1 else {names[0]: spare}
+        pieces, num_pieces = pieces_of(start)
         self.generations[start.generation] = Generation(
-            start=start, step=start.step, peers=dict(ring), is_stopping=self.state.is_stopping
+            start=start,
+            step=start.step,
+            pieces=pieces,
+            num_pieces=num_pieces,
+            peers=dict(ring),
+            is_stopping=self.state.is_stopping,
         )
         for name in names:
             self.send(name, start)
+
+    def check_layout(self, start: StartGeneration) -> None:
+        """Groups and spare slots are those of the plan; every snapshot that is not sent is on two nodes."""
+        ranks = start.assignment
+        assert start.num_spare == self.layout.num_spare(len(ranks) + start.num_spare, low=self.state.min_workers)
+        assert start.num_shard_groups == self.layout.num_shard_groups(len(ranks))
+        groups = [ranks[at : at + self.layout.group_size] for at in range(0, len(ranks), self.layout.group_size)]
+        is_whole = len(ranks) % self.layout.group_size == 0
+        assert start.num_split_groups == (sum(len(set(group)) > 1 for group in groups) if is_whole else 0)
+        if start.parts_per_shard:
+            pieces, num_pieces = pieces_of(start)
+            for piece in range(1, num_pieces):
+                assert len({name for name, own in zip(ranks, pieces, strict=True) if piece in own}) > 1
 
     def reachable(self) -> set[ReplicaLocation]:
         """The complete steps in the memory of connected nodes, reported or not."""
@@ -246,9 +317,9 @@ class World:
     def restart_supervisor(self) -> None:
         for machine in self.machines.values():
             self.cut(machine)
-        self.state = MembershipState(
-            min_workers=self.state.min_workers,
-            max_workers=self.state.max_workers,
+        self.state = self.layout.state(
+            low=self.state.min_workers,
+            high=self.state.max_workers,
             former_generation=max(self.generations, default=0),
             stored_step=self.stored_step,
             recovery_deadline=self.now + RECOVERY_S,
@@ -353,10 +424,8 @@ class World:
 
     def replicas(self, machine: Machine) -> frozenset[ReplicaLocation]:
         return frozenset(
-            ReplicaLocation(
-                generation=g, rank=rank, world_size=len(self.generations[g].start.assignment), step=step
-            )
-            for (g, rank), steps in machine.store.items()
+            ReplicaLocation(generation=g, rank=piece, world_size=self.generations[g].num_pieces, step=step)
+            for (g, piece), steps in machine.store.items()
             for step in steps
         )
 
@@ -439,9 +508,9 @@ class World:
         """Start replication: the slot is incomplete until it ends; the previous step stays complete."""
         self.finish_replication(number)
         for rank, machine in self.members(number).items():
-            for holder in self.holders(number, machine):
-                if (number, rank) in holder.store:
-                    holder.store[number, rank] = holder.store[number, rank][-1:]
+            for piece, holder in self.copies(number, rank, machine):
+                if (number, piece) in holder.store:
+                    holder.store[number, piece] = holder.store[number, piece][-1:]
             self.generations[number].copying[rank] = self.generations[number].step
 
     def finish_replication(self, number: int) -> None:
@@ -450,13 +519,19 @@ class World:
 
     def copy(self, number: int, rank: int) -> None:
         step = self.generations[number].copying.pop(rank)
-        for holder in self.holders(number, self.members(number)[rank]):
-            if number >= holder.dropped_before and number > holder.refused:
-                holder.store[number, rank] = [*holder.store.get((number, rank), []), step]
+        for piece, holder in self.copies(number, rank, self.members(number)[rank]):
+            steps = holder.store.get((number, piece), [])
+            if number >= holder.dropped_before and number > holder.refused and step not in steps:
+                holder.store[number, piece] = [*steps, step]
 
-    def holders(self, number: int, machine: Machine) -> list[Machine]:
-        peer = self.machines.get(self.generations[number].peers.get(machine.name) or "")
-        return [machine, *([peer] if peer is not None and peer.is_alive else [])]
+    def copies(self, number: int, rank: int, machine: Machine) -> Iterator[tuple[int, Machine]]:
+        """The snapshots of a rank, each with a node that keeps it: its own, and for those that are sent a peer."""
+        generation = self.generations[number]
+        peer = self.machines.get(generation.peers.get(machine.name) or "")
+        for piece in generation.pieces[rank]:
+            yield piece, machine
+            if peer is not None and peer.is_alive and generation.is_sent(piece):
+                yield piece, peer
 
     def break_ranks_that_miss_a_peer(self, number: int) -> None:
         generation = self.generations[number]
@@ -573,7 +648,7 @@ class World:
         yield from chance.sample(found, k=min(1, len(found)))
 
     def machine_comes(self, chance: random.Random) -> None:
-        num_slots = chance.randint(1, 2)
+        num_slots = chance.choice([1, 1, 2, 2, 4])  # four: a group and its twins on one node
         self.add(num_slots=num_slots, num_guaranteed=chance.randint(0, num_slots), is_ready=chance.random() < 0.5)
 
     def machine_dies(self, chance: random.Random) -> None:
@@ -677,9 +752,15 @@ class Histories(RuleBasedStateMachine):
 
     num_recovered = 0
 
-    @initialize(low=st.integers(1, 3), more=st.integers(0, 3), every=st.integers(1, 3), is_stopped=st.booleans())
-    def begin(self, low: int, more: int, every: int, is_stopped: bool) -> None:
-        self.world = World(low=low, high=low + more, snapshot_every=every)
+    @initialize(
+        low=st.integers(1, 3),
+        more=st.integers(0, 5),
+        every=st.integers(1, 3),
+        layout=st.builds(Layout, st.sampled_from([1, 2, 3]), st.booleans(), st.booleans()),
+        is_stopped=st.booleans(),
+    )
+    def begin(self, low: int, more: int, every: int, layout: Layout, is_stopped: bool) -> None:
+        self.world = World(low=low, high=low + more, snapshot_every=every, layout=layout)
         self.is_stopped = is_stopped
         for number in range(low + more):
             self.world.add(num_slots=1, num_guaranteed=int(number < low), is_ready=True)
@@ -731,9 +812,9 @@ def test_histories__decided_at_ticks__invariants_hold_and_training_resumes(
     assert run_histories(max_examples=10, num_steps=40) >= 10
 
 
-def training_world(*, low: int) -> World:
+def training_world(*, low: int, layout: Layout | None = None) -> World:
     """Sixteen machines that train, with some steps kept in memory."""
-    world = World(low=low, high=16, snapshot_every=1)
+    world = World(low=low, high=16, snapshot_every=1, layout=layout)
     for _ in range(16):
         world.add(num_slots=1, num_guaranteed=0, is_ready=True)
     for _ in range(6):
@@ -756,6 +837,25 @@ def test_half_of_the_nodes_lost_at_once__one_change_to_the_other_half(
         world.work()
     assert world.state.phase is Phase.TRAINING
     assert (world.state.generation, len(world.state.assignment)) == (before + 1, 8)
+
+
+@pytest.mark.parametrize("lost", [slice(0, 1), slice(5, 6), slice(1, 8), slice(8, 16)])
+def test_shard_groups__nodes_of_one_set_lost__whole_groups_continue_from_the_others_memory(lost: slice) -> None:
+    """Eight groups of two: the first four have all of the state, and the last four."""
+    world = training_world(low=4, layout=Layout(group_size=2, is_sharded=True, leaves_spare=True))
+    before = world.state.generation
+    start = world.generations[before].start
+    assert (start.num_shard_groups, start.parts_per_shard) == (8, 4)
+    for name in start.assignment[lost]:
+        world.die(world.machines[name])
+    for _ in range(6):
+        world.work()
+    after = world.generations[before + 1].start
+    num_left = 16 - len(start.assignment[lost])
+    assert (world.state.phase, world.state.generation) == (Phase.TRAINING, before + 1)
+    assert (len(after.assignment), after.num_spare) == (num_left - num_left % 2, num_left % 2)
+    assert after.source == (before, 9)
+    assert world.generations[before].step - after.step <= 1
 
 
 @pytest.mark.parametrize("batched_nodes", [membership.BATCHED_NODES, 0])
