@@ -24,7 +24,6 @@ from forge.data.prepare import PrepareProgress
 from forge.data.view import Selection
 from forge.errors import ArgumentError, ForgeWarning, JobFileError
 from forge.plan.bill import Bill, BillScope, is_priced, make_bill
-from forge.plan.cluster_links import cluster_links
 from forge.plan.data_view import DataView
 from forge.plan.inputs import CorpusInfo
 from forge.plan.lengths import is_same_length
@@ -298,7 +297,7 @@ def start(
         plan = with_own_cost(plan)
     else:
         spec = running_spec(target.cluster.name)
-        plan = resolve_remote(target, loaded, links=cluster_links(spec), on_progress=on_progress)
+        plan = resolve_remote(target, loaded, spec=spec, on_progress=on_progress)
         plan = with_cost(plan, spec, usd_per_hour=target.cluster.price())
     if resume is not None:
         plan = resumed_plan(resume, plan)

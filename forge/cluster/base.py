@@ -58,6 +58,8 @@ class ClusterNode:
     free_cpus: float = 0.0
     """CPUs that Ray has neither allocated to an actor or task nor reserved in a placement group."""
     num_gpus: float = 0.0
+    gpu: str = ""
+    """The kind of its GPUs as Ray names it (`accelerator_type`): `A100`; empty if it has none, or it is unknown."""
     free_gpus: float = 0.0
     gone_s: float | None = None
     """Seconds since it left the cluster; None if it is in it, or that is unknown."""

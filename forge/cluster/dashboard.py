@@ -18,6 +18,8 @@ from forge.errors import ClusterError
 _TIMEOUT_S = 10.0
 _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 """The URL is on loopback: a proxy of the environment (http_proxy) would look for it on its own machine."""
+_KIND = "accelerator_type:"
+"""The prefix of Ray's resources that name the kind of a node's GPUs. A node may have `A100` and `A100-80G`."""
 _SUPERVISOR = "supervisor-"
 """The prefix of the names of runs' supervisor actors."""
 
@@ -97,6 +99,7 @@ def _node(
         num_cpus=cpus,
         free_cpus=_free(node_id, "CPU", cpus, lines, reserved),
         num_gpus=gpus,
+        gpu=max((key.removeprefix(_KIND) for key in total if key.startswith(_KIND)), key=len, default=""),
         free_gpus=_free(node_id, "GPU", gpus, lines, reserved),
         gone_s=max(0.0, time.time() - ended_ms / 1000) if ended_ms and not is_alive else None,
         usd_per_hour=prices.get(address) if is_alive else None,

@@ -352,8 +352,10 @@ def _notes(
 ) -> Iterator[str]:
     """Say what a forecast is based on, and what it assumes or leaves out."""
     device = plan.hardware.name
+    has_links = plan.hardware.device == "cuda" and plan.worlds[-1].batch.world_size > 1
     if not worlds:
         yield f"unknown: no run on {device} was measured; the first one will tell"
+        yield from (links.note,) if has_links else ()
         return
     runs = [run for run in former if any(world.run_id == run.run_id for world in worlds)]
     for run in runs:
@@ -364,7 +366,7 @@ def _notes(
         yield f"estimated for {gpu.name}, not measured"
     elif not runs:
         yield _assumed_share(device, peak=_peak_of_runs(former), cpu=cpu)
-    if gpu is not None and plan.worlds[-1].batch.world_size > 1:
+    if has_links:
         yield links.note
     left_out = "preemptions and waiting for machines"
     if not isinstance(plan, Plan) and plan.job.data.held_out:

@@ -360,3 +360,5 @@ class HardwareInfo:
     """GPU memory, or on CPU the machine's memory divided by its workers; None if unknown."""
     peak_flops: float | None
     """Dense peak in the job's precision, FLOP/s; None if unknown, or measured at start (CPU)."""
+    note: str = ""
+    """Which kinds of GPU the nodes have, where they differ; a warning of the plan."""

@@ -48,6 +48,11 @@ class MeasuredLinks:
         """Of most nodes."""
         return Counter(node.num_ranks for node in self.nodes).most_common(1)[0][0]
 
+    @property
+    def within_bytes_per_s(self) -> float | None:
+        """Between the GPUs of the slowest node, for which all ranks wait; None of nodes with one GPU."""
+        return min((node.within_bytes_per_s for node in self.nodes if node.within_bytes_per_s), default=None)
+
     def warnings(self) -> list[str]:
         """Name the nodes that differ from most others in their GPUs, and those whose link is slow."""
         return [*self._differing(), *self._slow()]

@@ -307,7 +307,10 @@ def _resolved(
         "model": model,
         "hardware": hardware,
         "files": files,
-        "warnings": corpus_warnings(job, files=files, corpus=corpus, total_steps=total_steps),
+        "warnings": (
+            *((hardware.note,) if hardware.note else ()),
+            *corpus_warnings(job, files=files, corpus=corpus, total_steps=total_steps),
+        ),
         "total_steps": total_steps,
         "tokens_per_step": tokens_per_step,
         "flops_per_token": flops_of_job(job, model=model, corpus=read, teacher=teacher),

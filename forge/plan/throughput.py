@@ -79,6 +79,8 @@ class Interconnect:
     gpus_per_node: int
     inter_node_bytes_per_s: float
     """Of all network cards of a node together, one direction."""
+    intra_node_bytes_per_s: float | None = None
+    """Between the GPUs of a node, one direction; None: of the GPU's data sheet."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -255,7 +257,7 @@ def _communication_s(work: StepWork, *, gpu: Gpu, interconnect: Interconnect, co
 
 def _bandwidth(gpu: Gpu, interconnect: Interconnect, world_size: int, constants: Efficiency) -> float:
     """Bytes per second of a ring of so many consecutive ranks."""
-    within = gpu.link_bytes_per_s * constants.intra_node
+    within = (interconnect.intra_node_bytes_per_s or gpu.link_bytes_per_s) * constants.intra_node
     if world_size <= interconnect.gpus_per_node:
         return within
     between = interconnect.inter_node_bytes_per_s * constants.inter_node

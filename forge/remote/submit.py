@@ -15,6 +15,7 @@ import secrets
 import tarfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,14 +23,16 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any
 
-from forge.cluster.base import Cluster
+from forge.cluster.base import Cluster, ClusterStatus
 from forge.code_archive import ARCHIVE
+from forge.config.cluster import ClusterSpec
 from forge.config.job import JobSpec
 from forge.config.load import LoadedJob
 from forge.data.prepare import PrepareProgress
 from forge.data.transfer import send_corpus
 from forge.errors import ArgumentError, ClusterError, ForgeError
-from forge.plan.cluster_links import ClusterLinks
+from forge.plan.cluster_links import cluster_links
+from forge.plan.gpu_kinds import WorkerGpu, planned_gpu
 from forge.plan.gpus import find_gpu
 from forge.plan.inputs import HardwareInfo
 from forge.plan.plan import Plan
@@ -50,6 +53,7 @@ from forge.runs.remote_ref import RemoteRef, write_remote_ref
 from forge.runs.secrets import credentials, variables_for, without_keys
 from forge.runs.task_examples import TASK_EXAMPLES
 from forge.runtime.driver_process import LocalRun, RunHandle
+from forge.runtime.local_links import gpus_of_nodes
 from forge.runtime.probe import count_slots, hardware
 from forge.runtime.resolve import resolve
 
@@ -66,8 +70,8 @@ class RemoteTarget:
     cluster: Cluster
     python: str
     """Path of the interpreter on the head."""
-    gpu: tuple[str, int] | None
-    """Name and memory in bytes of a worker's GPU."""
+    gpu: WorkerGpu | None
+    """Of a worker, by the cluster file or the head; None if neither has one."""
     storage: str
     """Where runs store checkpoints if their job does not say; empty if the cluster file has no `storage`."""
 
@@ -97,12 +101,12 @@ def _import_jobs() -> None:
     import ray.job_submission  # noqa: F401
 
 
-def _gpu_of(cluster: Cluster, on_head: list[Any] | None) -> tuple[str, int] | None:
+def _gpu_of(cluster: Cluster, on_head: list[Any] | None) -> WorkerGpu | None:
     """Return the GPU of a worker: from the cluster file, because a head often has none, or else the head's."""
     known = find_gpu(cluster.gpu) if cluster.gpu is not None else None
     if known is not None:
-        return known.name, known.memory_gib * 2**30
-    return (str(on_head[0]), int(on_head[1])) if on_head else None
+        return WorkerGpu(name=known.name, memory_bytes=known.memory_gib * 2**30)
+    return WorkerGpu(name=str(on_head[0]), memory_bytes=int(on_head[1])) if on_head else None
 
 
 def _release(name: str, version: str) -> str:
@@ -160,34 +164,55 @@ def credentials_for(cluster: Cluster) -> dict[str, str]:
     return found if cluster.role is None else without_keys(found, prefixes=cluster.role.prefixes)
 
 
-def remote_hardware(target: RemoteTarget) -> Callable[[JobSpec], HardwareInfo]:
-    """Return the function from which the plan gets the hardware of a worker on this cluster."""
-    return partial(hardware, gpu_there=target.gpu, is_here=target.cluster.shares_files)
+def remote_hardware(
+    target: RemoteTarget, *, status: ClusterStatus | None = None
+) -> Callable[[JobSpec], HardwareInfo]:
+    """Return the function from which the plan gets the hardware of a worker on this cluster.
+
+    Args:
+        status: of the cluster, whose nodes may have several kinds of GPU.
+    """
+    kinds: Counter[str] = Counter()
+    for node in status.nodes if status is not None else ():
+        if node.state == "alive" and node.gpu and node.num_gpus >= 1:
+            kinds[node.gpu] += int(node.num_gpus)
+    there = planned_gpu(kinds, stated=() if target.gpu is None else (target.gpu,))
+    return partial(hardware, gpu_there=there, is_here=target.cluster.shares_files)
 
 
 def resolve_remote(
     target: RemoteTarget,
     loaded: LoadedJob,
     *,
-    links: ClusterLinks | None = None,
+    spec: ClusterSpec | None = None,
     on_progress: Callable[[PrepareProgress], None] | None = None,
 ) -> Plan:
-    """Plan a job that will run on a cluster.
+    """Plan a job that will run on a cluster, for the GPUs that its nodes have.
 
     Args:
-        links: between the cluster's GPUs; by default assumed.
+        spec: the cluster's file, by which the links between its GPUs are known; by default they are assumed.
 
     Raises: ArgumentError, and what `resolve` raises.
     """
+    status = None if loaded.job.resources.gpu == "none" else _status_of(target.cluster)
+    links = cluster_links(spec, gpus_of_nodes=() if status is None else gpus_of_nodes(status))
     plan = resolve(
         adapt_job(target, loaded),
         on_progress=on_progress,
-        find_hardware=remote_hardware(target),
+        find_hardware=remote_hardware(target, status=status),
         count_slots=lambda found, _: count_slots(target.cluster.status(), found),
         links=links,
     )
+    plan = replace(plan, warnings=(*plan.warnings, *links.warnings))
     note = local_credentials_note(target.cluster, url=plan.job.checkpoint.to, environment=os.environ)
     return plan if note is None else replace(plan, warnings=(*plan.warnings, note))
+
+
+def _status_of(cluster: Cluster) -> ClusterStatus | None:
+    """A cluster's status; None if it does not answer, and its nodes are unknown to the plan."""
+    with contextlib.suppress(ClusterError):
+        return cluster.status()
+    return None
 
 
 def submit(target: RemoteTarget, plan: Plan, *, folder: Path) -> RunHandle:

@@ -12,19 +12,26 @@ from collections.abc import Mapping
 
 def local_gpu() -> tuple[str, int] | None:
     """Name and memory in bytes of this machine's first GPU according to its driver; None if no GPU may be used."""
+    return next(iter(local_gpus()), None)
+
+
+def local_gpus() -> list[tuple[str, int]]:
+    """Name and memory in bytes of this machine's GPUs that CUDA may use, according to their driver."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
-        return None
+        return []
     query = [tool, "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
     try:
         answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
-        listed = answer.splitlines()
-        if not num_visible_gpus(len(listed), os.environ):
-            return None
-        name, mib = listed[0].rsplit(",", 1)
-        return name.strip(), int(mib) * 2**20
-    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
-        return None
+        rows = (line.rsplit(",", 1) for line in answer.splitlines())
+        found = [(name.strip(), int(mib) * 2**20) for name, mib in rows]
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return []
+    count = num_visible_gpus(len(found), os.environ)
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[:count]
+    if count and all(entry.strip().isdecimal() for entry in visible):
+        return [found[int(entry)] for entry in visible]
+    return found[:count]
 
 
 def num_local_gpus() -> int:

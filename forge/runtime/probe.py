@@ -13,8 +13,9 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any
@@ -31,14 +32,19 @@ from forge.foreign import from_record
 from forge.fs import default_cache_dir, write_atomic
 from forge.limits import cpu_name, usable_cpus, usable_memory_bytes
 from forge.plan.flops import forward_flops_per_token
+from forge.plan.gpu_kinds import WorkerGpu, planned_gpu
 from forge.plan.gpus import find_gpu
 from forge.plan.inputs import CodeInfo, CorpusInfo, HardwareInfo, ModelInfo, TeacherInfo
 from forge.plan.outputs import outputs_of
 from forge.process import ending
-from forge.runtime.local_gpus import local_gpu, num_local_gpus
+from forge.runtime.local_gpus import local_gpus, num_local_gpus
 
 _ANSWER = 6
 """Must change whenever `forge.model.inspect` answers an equal request otherwise, since answers are kept."""
+
+
+_LEAST_SHARE = 0.9
+"""Of the memory that a GPU's name states: its driver reserves some, and reports less."""
 
 
 def inspect_model(
@@ -121,11 +127,11 @@ def require_packages(loaded: LoadedJob) -> None:
         )
 
 
-def hardware(job: JobSpec, *, gpu_there: tuple[str, int] | None = None, is_here: bool = True) -> HardwareInfo:
+def hardware(job: JobSpec, *, gpu_there: WorkerGpu | None = None, is_here: bool = True) -> HardwareInfo:
     """The hardware that one worker of the job gets on this machine or on a remote cluster.
 
     Args:
-        gpu_there: name and memory in bytes of the remote cluster's GPUs; None if it has none.
+        gpu_there: of the remote cluster's workers; None if it has none.
         is_here: whether the job runs on this machine.
 
     Raises: PlanError if the job names a GPU that is not in the catalog.
@@ -137,21 +143,34 @@ def hardware(job: JobSpec, *, gpu_there: tuple[str, int] | None = None, is_here:
             raise PlanError(
                 f"resources.gpu: no GPU named {wanted!r} is known; use auto, none, or a name like A100-80GB"
             )
-        return _gpu_hardware(gpu.name, gpu.memory_gib * 2**30, precision=job.training.precision)
-    found = (local_gpu() if is_here else gpu_there) if wanted == "auto" else None
+        named = WorkerGpu(name=gpu.name, memory_bytes=gpu.memory_gib * 2**30)
+        if not is_here and gpu_there is not None and gpu_there.memory_bytes < _LEAST_SHARE * named.memory_bytes:
+            note = f"the plan is for {gpu.name} (resources.gpu), but nodes have {gpu_there.name} with less memory"
+            named = replace(named, note=f"{note}: set resources.gpu: auto")
+        return _gpu_hardware(named, precision=job.training.precision)
+    found = (_gpu_here() if is_here else gpu_there) if wanted == "auto" else None
     if found is not None:
-        return _gpu_hardware(*found, precision=job.training.precision)
+        return _gpu_hardware(found, precision=job.training.precision)
     if not is_here:
         return HardwareInfo(device="cpu", name="of the cluster", memory_bytes=None, peak_flops=None)
     share = usable_memory_bytes() // job.resources.workers.high
     return HardwareInfo(device="cpu", name=cpu_name(), memory_bytes=share, peak_flops=None)
 
 
-def _gpu_hardware(name: str, memory_bytes: int, *, precision: str) -> HardwareInfo:
+def _gpu_here() -> WorkerGpu | None:
+    """The GPU to plan for on this machine, of those that CUDA may use."""
+    found = local_gpus()
+    stated = [WorkerGpu(name=name, memory_bytes=memory_bytes) for name, memory_bytes in found]
+    return planned_gpu(Counter(name for name, _ in found), stated=stated)
+
+
+def _gpu_hardware(found: WorkerGpu, *, precision: str) -> HardwareInfo:
     """A GPU with its peak FLOP/s from the catalog; None for a GPU that is not in it."""
-    gpu = find_gpu(name)
+    gpu = find_gpu(found.name)
     peak_flops = None if gpu is None else gpu.bf16_flops if precision == "bf16" else gpu.fp32_flops
-    return HardwareInfo(device="cuda", name=name, memory_bytes=memory_bytes, peak_flops=peak_flops)
+    return HardwareInfo(
+        device="cuda", name=found.name, memory_bytes=found.memory_bytes, peak_flops=peak_flops, note=found.note
+    )
 
 
 def count_local_slots(found: HardwareInfo, job: JobSpec) -> int:

@@ -39,6 +39,7 @@ from forge.plan.plan import DraftPlan, Plan, make_draft, make_plan, packing_prob
 from forge.plan.search import plan_search
 from forge.plan.warnings import view_warnings
 from forge.runs.reader import read_plan
+from forge.runtime.local_links import local_links
 from forge.runtime.probe import count_local_slots, hardware, inspect_model, inspect_teacher, require_packages
 from forge.runtime.resolve_code import resolve_code
 from forge.runtime.resolve_forecast import with_forecast
@@ -98,14 +99,17 @@ def resolve_draft(loaded: LoadedJob, *, on_progress: Callable[[PrepareProgress],
     teacher = inspect_teacher(inputs.trained, vocabulary=vocabulary)
     _require_isolation(inputs.trained, model)
     with _with_lines(inputs.trained):
-        draft = make_draft(job, model=model, hardware=hardware(job), files=inputs.files, teacher=teacher)
+        found = hardware(job)
+        links = local_links(found, job)
+        known = links.interconnect if links is not None else None
+        draft = make_draft(job, model=model, hardware=found, files=inputs.files, teacher=teacher, links=known)
     with _with_lines(inputs.trained):
         view = view_sample(job, data=inputs.data, code_digest=_digest_of(inputs.code))
     more = view_warnings(view, seq_len=job.data.seq_len) if view is not None else ()
     draft = replace(draft, view=view, warnings=draft.warnings + more)
     draft = _with_inits(replace(draft, code=inputs.code, templates=loaded.templates), inputs.trained)
     draft = _with_search(with_tasks(draft, inputs.loaded), inputs.loaded, count_slots=count_local_slots)
-    return with_forecast(draft)
+    return with_forecast(draft, links=links)
 
 
 def prepare_data(loaded: LoadedJob, *, on_progress: Callable[[PrepareProgress], None] | None = None) -> CorpusInfo:
@@ -241,6 +245,7 @@ def _resolve(
     _require_isolation(trained, model)
     with _with_lines(trained):
         found = find_hardware(trained.job)
+        links = links or (local_links(found, trained.job) if find_hardware is hardware else None)
         plan = make_plan(
             trained.job,
             model=model,

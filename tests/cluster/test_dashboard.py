@@ -87,6 +87,13 @@ def test_free_gpus__placement_group__is_not_free() -> None:
     assert (worker.free_gpus, worker.num_gpus) == (0.5, 2.0)
 
 
+@pytest.mark.parametrize(("kinds", "gpu"), [((), ""), (("H100",), "H100"), (("A100", "A100-80G"), "A100-80G")])
+def test_gpu__accelerator_type__is_the_most_exact_one(kinds: tuple[str, ...], gpu: str) -> None:
+    total = {"GPU": 2.0} | {f"accelerator_type:{kind}": 1.0 for kind in kinds}
+    (worker,) = found(node(WORKER, resources_total=total))
+    assert (worker.gpu, worker.num_gpus) == (gpu, 2.0)
+
+
 def test_gone_s__dead_node__time_since_its_end() -> None:
     ended_ms = (time.time() - 700) * 1000
     head, worker = found(node(WORKER, state="DEAD", end_time_ms=ended_ms), node(HEAD))

@@ -10,8 +10,10 @@ import pytest
 
 from forge.config.cluster import SshSpec
 from forge.plan.cluster_links import cluster_links
+from forge.plan.forecast import forecast
 from forge.plan.measured_links import MeasuredLinks, NodeLink, keep_links, kept_links, links_from
 from forge.plan.throughput import Efficiency
+from tests.plan.test_hpz import planned
 
 SPEC = SshSpec.model_validate(
     {
@@ -56,11 +58,29 @@ def test_cluster_links__measured__give_the_measured_rate_until_the_file_changes(
     found = cluster_links(SPEC)
     assert found.interconnect.gpus_per_node == 8
     assert found.interconnect.inter_node_bytes_per_s * Efficiency().inter_node == pytest.approx(3e10)
-    assert "an all-gather over 2 machines at 240 Gbit/s: forge cluster probe, 2027-01-15" in found.note
+    assert (
+        "an all-gather over 2 machines at 240 Gbit/s, within a machine at 1.6e+03: forge cluster probe, 2027-01-15"
+        in found.note
+    )
+    assert found.warnings == ()
     changed = SPEC.model_copy(update={"machines": ("10.0.0.1", "10.0.0.3")})
     assert "assumed" in cluster_links(changed).note
     keep_links(links(node("a")), spec=SPEC)  # of the others nothing is known
     assert "assumed" in cluster_links(SPEC).note
+
+
+def test_cluster_links__slow_links_within_a_node__longer_steps_and_named_nodes() -> None:
+    steps = []
+    for rate in (2e11, 1e9):
+        keep_links(links(node("a"), node("b", within_bytes_per_s=rate, num_ranks=4), node("c")), spec=SPEC)
+        found = cluster_links(SPEC)
+        within = found.interconnect.intra_node_bytes_per_s
+        assert within is not None and within * Efficiency().intra_node == pytest.approx(rate)
+        assert found.warnings == (
+            "b has 4 x H100, most nodes 8 x H100: every step takes as long as on the slowest",
+        )
+        steps.append(forecast(planned(workers="8", links=found.interconnect), links=found).worlds[0].step_s)
+    assert steps[1] > 2 * steps[0]
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"spec": 1}', "[" * 100_000])

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from forge.cluster.base import ClusterNode, ClusterStatus
 from forge.config.load import LoadedJob, load_job
+from forge.plan.gpu_kinds import WorkerGpu
 from forge.plan.inputs import HardwareInfo
+from forge.remote.submit import RemoteTarget, remote_hardware
 from forge.runtime.local_gpus import num_visible_gpus
 from forge.runtime.probe import _job_file_error, count_local_slots, hardware
 
@@ -86,3 +91,50 @@ def test_hardware__memory_limit_of_a_container__is_what_workers_share(
 ) -> None:
     monkeypatch.setattr("forge.runtime.probe.usable_memory_bytes", lambda: 2**30)
     assert hardware(loaded(tmp_path, "resources.workers=1..4").job).memory_bytes == 2**28
+
+
+def fake_driver(folder: Path, monkeypatch: pytest.MonkeyPatch, *rows: str) -> None:
+    """An `nvidia-smi` that lists GPUs, alone on the path."""
+    tool = folder / "nvidia-smi"
+    tool.write_text("#!/bin/sh\n" + "".join(f"echo '{row}'\n" for row in rows))
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+
+def test_hardware__two_kinds_of_gpu_here__the_smaller_is_planned_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = loaded(tmp_path, "resources.gpu=auto").job
+    fake_driver(tmp_path, monkeypatch, "NVIDIA H100 80GB HBM3, 81559", "Tesla T4, 15360")
+    found = hardware(job)
+    assert (found.name, found.memory_bytes) == ("Tesla T4", 15360 * 2**20)
+    assert found.note.startswith("the nodes have different GPUs (1 x NVIDIA H100 80GB HBM3, 1 x Tesla T4)")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    assert (hardware(job).name, hardware(job).note) == ("NVIDIA H100 80GB HBM3", "")
+
+
+def test_remote_hardware__nodes_of_two_kinds__the_smaller_and_not_the_heads(tmp_path: Path) -> None:
+    def node(name: str, gpu: str, **changes: Any) -> ClusterNode:
+        return ClusterNode(
+            **{"name": name, "kind": "worker", "state": "alive", "gpu": gpu, "num_gpus": 8.0} | changes
+        )
+
+    def planned(gpu: str, *nodes: ClusterNode) -> HardwareInfo:
+        target = RemoteTarget(
+            cluster=SimpleNamespace(shares_files=False),  # type: ignore[arg-type]
+            python="python",
+            gpu=WorkerGpu(name="H100-80GB", memory_bytes=80 * 2**30),
+            storage="",
+        )
+        status = ClusterStatus(name="lab", provider="ssh", address="10.0.0.1:6379", nodes=nodes)
+        return remote_hardware(target, status=status)(loaded(tmp_path, f"resources.gpu={gpu}").job)
+
+    gone = node("c", "T4", state="gone")
+    found = planned("auto", node("a", "H100"), node("b", "A100"), gone)
+    assert (found.name, found.memory_bytes) == ("A100-40GB", 40 * 2**30)
+    assert "(8 x H100-80GB, 8 x A100-40GB)" in found.note
+    assert planned("auto", node("a", "H100"), gone).note == ""
+    named = planned("H100", node("a", "H100"), node("b", "A100"))
+    assert (named.name, named.memory_bytes) == ("H100-80GB", 80 * 2**30)
+    assert "nodes have A100-40GB with less memory: set resources.gpu: auto" in named.note

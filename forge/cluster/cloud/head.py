@@ -113,5 +113,5 @@ def with_ray_state(node: ClusterNode, by_address: Mapping[str, ClusterNode]) -> 
     ray = by_address.get(node.name)
     if ray is None:
         return replace(node, state="starting" if node.state == "alive" else node.state)
-    known = replace(node, node_id=ray.node_id, num_cpus=ray.num_cpus)
+    known = replace(node, node_id=ray.node_id, num_cpus=ray.num_cpus, gpu=ray.gpu)
     return replace(known, free_cpus=ray.free_cpus, free_gpus=ray.free_gpus)

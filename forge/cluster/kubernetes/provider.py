@@ -337,4 +337,6 @@ def _with_ray(node: ClusterNode, in_ray: ClusterNode | None) -> ClusterNode:
     """Add what Ray reports about a pod, if Ray knows it."""
     if in_ray is None:
         return node
-    return replace(node, node_id=in_ray.node_id, free_cpus=in_ray.free_cpus, free_gpus=in_ray.free_gpus)
+    return replace(
+        node, node_id=in_ray.node_id, gpu=in_ray.gpu, free_cpus=in_ray.free_cpus, free_gpus=in_ray.free_gpus
+    )
