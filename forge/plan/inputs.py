@@ -252,6 +252,10 @@ class ModelInfo:
     """Of the text model; 0 if unknown."""
     num_key_value_heads: int = 0
     """Likewise."""
+    sliding_window: int | None = None
+    """Positions that each sees, itself included, in `num_window_layers`; None if each sees all before it."""
+    num_window_layers: int = 0
+    """Layers with a sliding window."""
     has_dropout: bool = False
     """Of a model of transformers, whether any rate of dropout is above 0."""
     sequence_parallel_problem: str | None = None

@@ -29,6 +29,7 @@ from forge.plan.inputs import ModelInfo, TeacherInfo
 from forge.plan.parameter_groups import OptimizerState
 from forge.plan.rank_groups import NO_GROUPS, RankGroups
 from forge.plan.snapshot_memory import WEIGHT_BYTES, snapshot_bytes
+from forge.plan.window_memory import has_windows, repeated_bytes, window_mask_bytes
 
 USABLE_SHARE = 0.85
 """Share of a worker's memory that the plan fills; the rest is for the allocator, CUDA context and buffers."""
@@ -259,7 +260,8 @@ def activation_bytes(
     """Return the bytes stored for the backward pass of one micro-batch, logits left out.
 
     Ranks that share a sequence hold an equal part of it each: outside of attention a part of the positions, within
-    it a part of the heads. Their attention is always fused.
+    it a part of the heads. Their attention is always fused; with a sliding window it keeps keys and values of all
+    heads, and a mask of a chunk (`forge.plan.window_memory`).
 
     What the layers of a model of transformers keep is measured (`forge.model.kept_activations`); where attention
     is not fused its scores are added: their softmax in fp32, and its copy in the model's precision. Of models that
@@ -294,7 +296,11 @@ def activation_bytes(
             kept = inputs + _selected_bytes(model, training, rows=micro_batch_size, seq_len=seq_len)
             kept += tokens * _attention_bytes(model, width=width) if is_fused else 0
             layers = kept + max(0, layers - kept) // model.num_layers
-    return layers // sequence_parallel_size
+    if sequence_parallel_size == 1 or not has_windows(model, seq_len=seq_len):
+        return layers // sequence_parallel_size
+    num_kept = 1 if training.activation_checkpointing else model.num_window_layers
+    layers += num_kept * repeated_bytes(model, tokens=tokens, width=width)
+    return layers // sequence_parallel_size + window_mask_bytes(model, width=width)
 
 
 def offloaded_bytes(model: ModelInfo, training: TrainingSpec, *, num_tokens: int) -> int:

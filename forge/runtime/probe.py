@@ -39,7 +39,7 @@ from forge.plan.outputs import outputs_of
 from forge.process import ending
 from forge.runtime.local_gpus import local_gpus, num_local_gpus
 
-_ANSWER = 6
+_ANSWER = 7
 """Must change whenever `forge.model.inspect` answers an equal request otherwise, since answers are kept."""
 
 

@@ -24,6 +24,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from forge.train.windowed_attention import windowed_attention
+
 _NAME = "ulysses"
 """As transformers knows the attention; without a mask function of this name its models build no masks."""
 
@@ -159,10 +161,7 @@ def _causal(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *, scaling: float | None, window: int | None
 ) -> Tensor:
     """Causal attention of one example. Shapes: [m, H, T, D], [m, K, T, D] → [m, T, H, D]."""
-    length, mask = query.shape[2], None
-    if window is not None and length > window:
-        places = torch.arange(length, device=query.device)
-        distance = places[:, None] - places[None, :]
-        mask = ((distance >= 0) & (distance < window))[None, None]
-    out, _ = sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, is_causal=True)
+    if window is not None and query.shape[2] > window:
+        return windowed_attention(query, key, value, scaling=scaling, window=window)
+    out, _ = sdpa_attention_forward(module, query, key, value, None, scaling=scaling, is_causal=True)
     return cast(Tensor, out)

@@ -78,6 +78,8 @@ def count_model(model: Any, config: PretrainedConfig, *, data: DataShape, of_sou
         attention_width=heads * (getattr(text, "head_dim", None) or text.hidden_size // heads),
         num_attention_heads=heads,
         num_key_value_heads=getattr(text, "num_key_value_heads", None) or heads,
+        sliding_window=getattr(text, "sliding_window", None),
+        num_window_layers=_num_window_layers(text),
         sequence_parallel_problem=sequence_parallel_problem(model),
         fp8_layers=find_fp8_layers(model).info,
         vocab_size=text.vocab_size,
@@ -86,6 +88,14 @@ def count_model(model: Any, config: PretrainedConfig, *, data: DataShape, of_sou
         isolation_problem=isolation_problem(model),
         has_linear_head=not is_seq2seq and has_linear_head(model),  # last, since it changes the model
     )
+
+
+def _num_window_layers(config: PretrainedConfig) -> int:
+    """Return how many layers have a sliding window: those that `layer_types` names, without it all."""
+    if getattr(config, "sliding_window", None) is None:
+        return 0
+    kinds = getattr(config, "layer_types", None)
+    return int(config.num_hidden_layers if kinds is None else kinds.count("sliding_attention"))
 
 
 def _uses_per_token(model: Any, *, seq_len: int) -> dict[int, float]:
