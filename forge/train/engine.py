@@ -138,6 +138,8 @@ class Engine:
         """Called before and after each operation that may wait for other ranks."""
         is_partitioned = engine.zero_optimization_stage() == 3
         self.own_time = LocalTime(self._module, device=self.device, gathers_weights=is_partitioned)
+        if sequence is not None:
+            sequence.waiting = self.own_time.waiting
 
     @property
     def model(self) -> nn.Module:

@@ -2,8 +2,9 @@
 
 Every rank's step takes as long as the slowest rank's, since all wait for it in collectives. What tells a slow rank
 from one that waits is the time without collectives: fetching a micro-batch and the forward pass, or under ZeRO 3,
-where the forward pass gathers weights, the forward passes of the largest layers, which run between two gathers. On
-CUDA the forward passes are timed by events on the stream, and read after the wait that ends a step anyway.
+where the forward pass gathers weights, the forward passes of the largest layers, which run between two gathers.
+Ranks that share sequences exchange parts of them in the forward pass: each exchange, with its wait, is timed and
+subtracted. On CUDA all is timed by events on the stream, and read after the wait that ends a step anyway.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ class LocalTime:
         self._gathers = gathers_weights
         self._host_s = 0.0
         self._events: list[tuple[Any, Any]] = []
+        self._waits: list[tuple[Any, Any]] = []
         self._in_forward = False
         self._began: dict[nn.Module, Any] = {}
         for layer in _largest_layers(module) if gathers_weights else ():
@@ -66,10 +68,20 @@ class LocalTime:
         if began is not None:
             self._add(began)
 
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Leave an exchange with other ranks out of the forward pass that it is a part of."""
+        began = self._now() if self._in_forward and not self._gathers else None
+        yield
+        if began is not None:
+            self._add(began, is_wait=True)
+
     def end_step(self) -> None:
         """Report the seconds of the step; call it after the host has waited for the device."""
-        seconds = self._host_s + sum(began.elapsed_time(ended) for began, ended in self._events) / 1000
-        self._host_s, self._events = 0.0, []
+        device_ms = sum(began.elapsed_time(ended) for began, ended in self._events)
+        device_ms -= sum(began.elapsed_time(ended) for began, ended in self._waits)
+        seconds = self._host_s + device_ms / 1000
+        self._host_s, self._events, self._waits = 0.0, [], []
         self.on_step(seconds)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -90,11 +102,12 @@ class LocalTime:
         event.record()
         return event
 
-    def _add(self, began: Any) -> None:
+    def _add(self, began: Any, *, is_wait: bool = False) -> None:
         if self._is_cuda:
-            self._events.append((began, self._now()))
+            (self._waits if is_wait else self._events).append((began, self._now()))
         else:
-            self._host_s += time.perf_counter() - began
+            elapsed_s = time.perf_counter() - began
+            self._host_s += -elapsed_s if is_wait else elapsed_s
 
 
 def _largest_layers(module: nn.Module) -> list[nn.Module]:

@@ -14,7 +14,8 @@ Source: DeepSpeed Ulysses, arXiv 2309.14509.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
 from typing import Any, cast
 
@@ -45,6 +46,8 @@ class SequenceParallel:
         self._group: Any = None
         if first + degree <= world_size:
             self._group = dist.new_group(list(range(first, first + degree)), use_local_synchronization=True)
+        self.waiting: Callable[[], AbstractContextManager[None]] = nullcontext
+        """Entered for each exchange within the group."""
         self._examples: list[list[int]] | None = None
         """The lengths of the examples in each row; None where every row is one sequence."""
 
@@ -93,7 +96,8 @@ class SequenceParallel:
         assert attention_mask is None and not dropout, "the plan refuses such models"
         if self._group is None:
             return _causal(module, query, key, value, scaling=scaling, window=sliding_window), None
-        whole = [self._to_heads(one) for one in (query, key, value)]
+        with self.waiting():
+            whole = [self._to_heads(one) for one in (query, key, value)]
         if self._examples is None:
             out = _causal(module, *whole, scaling=scaling, window=sliding_window)
         else:
@@ -103,7 +107,8 @@ class SequenceParallel:
                 found = [_causal(module, *part, scaling=scaling, window=sliding_window) for part in parts]
                 rows.append(torch.cat(found, dim=1))
             out = torch.cat(rows)
-        return self._to_positions(out), None
+        with self.waiting():
+            return self._to_positions(out), None
 
     def _to_heads(self, values: Tensor) -> Tensor:
         """Exchange a part of the positions for a part of the heads. Shapes: [m, H, t, D] → [m, H / d, d·t, D]."""

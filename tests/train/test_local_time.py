@@ -80,6 +80,58 @@ def test_forward__with_gathers__layers_without_what_is_around_them(clock: Clock)
     assert steps == [pytest.approx(0.04)]
 
 
+class Event:
+    """An event of a CUDA stream, on which the clock's work takes place."""
+
+    clock: Clock
+    at: float
+
+    def __init__(self, *, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        self.at = self.clock.now
+
+    def elapsed_time(self, later: Event) -> float:
+        return 1000 * (later.at - self.at)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_forward__exchanges_with_other_ranks__are_left_out(
+    clock: Clock, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Event.clock = clock
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    local = LocalTime(Working(clock), device=torch.device(device), gathers_weights=False)
+    steps: list[float] = []
+    local.on_step = steps.append
+
+    def layer() -> None:
+        clock.work(0.02)
+        with local.waiting():
+            clock.work(0.3)
+
+    for _ in range(2):
+        with local.forward():
+            layer()
+            layer()
+        layer()  # checkpointed activations computed again: not a part of the forward pass
+    local.end_step()
+    local.end_step()
+    assert steps == [pytest.approx(0.08), 0.0]
+
+
+def test_waiting__with_gathers__layers_are_timed_alone(clock: Clock) -> None:
+    model = nn.Sequential(Working(clock))
+    local, steps = timed(model, gathers_weights=True)
+    with local.forward():
+        model(torch.zeros(1, 2))
+        with local.waiting():
+            clock.work(0.3)
+    local.end_step()
+    assert steps == [pytest.approx(0.02)]
+
+
 def test_layers__many__only_the_largest_are_timed() -> None:
     model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(MAX_LAYERS)), nn.Linear(2, 9), nn.Linear(9, 2))
     LocalTime(model, device=CPU, gathers_weights=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pytest
@@ -10,11 +11,11 @@ import torch
 
 from forge.model.sequence_parallel import SERVED
 from forge.plan.inputs import CorpusInfo
-from forge.plan.plan import Plan, make_plan
+from forge.plan.plan import Plan, make_plan, plan_to_json
 from forge.train.sequence_parallel import example_lengths
 from tests.support.examples import masked_corpus
 from tests.support.jobs import CPU, tiny_facts, tiny_job
-from tests.support.ranks import Recording, on_ranks, run_ranks
+from tests.support.ranks import Recording, on_ranks, run_ranks, train_one_rank
 
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 4}
 SIZES: dict[str, Any] = HEADS | {
@@ -182,6 +183,49 @@ def summed_gradients(model: Any, inputs: dict[str, torch.Tensor]) -> list[torch.
     loss.backward()
     gradients = [one.grad.flatten() for one in model.parameters() if one.grad is not None]
     return [loss.detach(), torch.cat(gradients)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("stage", "changes"), [(1, {}), (2, {"training__activation_checkpointing": True}), (3, {})]
+)
+def test_own_time__slow_rank_of_a_group__is_that_of_the_slow_rank_alone(
+    corpus: CorpusInfo, tmp_path: Path, stage: int, changes: dict[str, Any]
+) -> None:
+    changes = changes | {"training__zero": {"stage": stage}, "training__sequence_parallel": 2}
+    plan = shared_plan(corpus, **changes)
+    assert plan.for_world_size(2).batch.num_groups == 1  # all ranks wait for the slow one in every layer
+    fast, slow = on_ranks(own_times, plan_to_json(plan), str(tmp_path), world_size=2)
+    assert len(fast) == len(slow) == plan.total_steps
+    assert median(slow) > 2 * median(fast)
+
+
+def own_times(rank: int, plan_json: str, folder: str) -> list[float]:
+    """Seconds of each step that a rank took by itself; the layers of rank 1 take 20 ms more."""
+    import time
+
+    from forge.train import worker
+
+    build, times = worker.build_engine, []
+
+    def build_timed(*arguments: Any, **options: Any) -> Any:
+        engine = build(*arguments, **options)
+        engine.own_time.on_step = times.append
+        for layer in engine.model.model.layers:
+            for linear in (layer.mlp.up_proj, layer.mlp.down_proj) if rank == 1 else ():
+                linear.forward = delayed(linear.forward)
+        return engine
+
+    def delayed(forward: Any) -> Any:
+        def slow_forward(*arguments: Any) -> Any:
+            time.sleep(0.01)
+            return forward(*arguments)
+
+        return slow_forward
+
+    worker.build_engine = build_timed
+    train_one_rank(rank, plan_json, folder, 2, None)
+    return times
 
 
 def test_example_lengths__padding__is_one_more_example() -> None:
