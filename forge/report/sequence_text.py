@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from forge.plan.gpus import find_gpu
 from forge.plan.memory import MemoryEstimate
 from forge.plan.parameter_groups import groups_of, optimizer_state
 from forge.plan.plan import DraftPlan
+from forge.plan.rank_groups import NO_GROUPS, asked_groups
 from forge.plan.sequence_parallel import (
     MAX_SEARCHED_TOKENS,
     STEP_TOKENS,
@@ -77,6 +79,10 @@ def _estimate_at(plan: DraftPlan) -> Callable[[int, int], MemoryEstimate]:
     grows_positions = position_limit(job, model) is None
     size = 1 if job.training.micro_batch_size == "auto" else job.training.micro_batch_size
     state = optimizer_state(groups_of(job.training, model))
+    groups = world.groups
+    is_free = asked_groups(job.training.zero, world_size=world.batch.world_size) is None
+    if is_free and plan.hardware.device == "cuda" and find_gpu(plan.hardware.name) is not None:
+        groups = NO_GROUPS  # which the plan takes where others do not fit
 
     def estimate(degree: int, length: int) -> MemoryEstimate:
         other = model.at_length(length, measured_at=job.data.seq_len, grows_positions=grows_positions)
@@ -88,7 +94,7 @@ def _estimate_at(plan: DraftPlan) -> Callable[[int, int], MemoryEstimate]:
             world_size=world.batch.world_size,
             state=optimizer_state(groups_of(job.training, other)) if has_grown else state,
             teacher=plan.teacher,
-            groups=world.groups,
+            groups=groups,
         )
         return need(micro_batch_size=size, seq_len=length, sequence_parallel_size=degree)
 

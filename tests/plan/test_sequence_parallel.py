@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from forge.config.training import TrainingSpec
 from forge.errors import PlanError
 from forge.plan.batch import plan_batch
-from forge.plan.inputs import TeacherInfo, TrainedParameter
+from forge.plan.inputs import HardwareInfo, TeacherInfo, TrainedParameter
 from forge.plan.machines import interconnect
 from forge.plan.plan import DraftPlan, make_draft
 from forge.plan.sequence_parallel import longest_sequences
@@ -170,14 +170,19 @@ H100_LIKE = replace(CPU, device="cuda", name="unknown GPU", memory_bytes=80 * 2*
 
 
 def draft_at(
-    seq_len: int, *, facts: dict[str, Any] | None = None, teacher: TeacherInfo | None = None, **changes: Any
+    seq_len: int,
+    *,
+    facts: dict[str, Any] | None = None,
+    teacher: TeacherInfo | None = None,
+    hardware: HardwareInfo | None = None,
+    **changes: Any,
 ) -> DraftPlan:
     """The plan of a large model that takes its positions from `data.seq_len`, as new ones do."""
     job = tiny_job(
         **{"resources__workers": "8", "training__global_batch_size": 64} | changes, data__seq_len=seq_len
     )
     model = tiny_facts(**LARGE | {"max_seq_len": seq_len} | (facts or {}))
-    return make_draft(job, model=model, hardware=H100_LIKE, teacher=teacher)
+    return make_draft(job, model=model, hardware=hardware or H100_LIKE, teacher=teacher)
 
 
 def lengths(plan: DraftPlan) -> dict[int, int]:
@@ -227,6 +232,18 @@ def test_longest_sequence__of_the_plan__fits_and_the_next_one_does_not(
         for tokens, fits in ((length, True), (length + 64 * degree, False)):
             world = draft_at(tokens, facts=of_model, teacher=teacher, **shared).worlds[-1]
             assert (world.fits, world.batch.sequence_parallel_size) == (fits, degree), (degree, tokens)
+
+
+def test_longest_sequence__groups_that_the_plan_chooses__are_not_in_its_way() -> None:
+    sizes: dict[str, Any] = {name: 7 * LARGE[name] for name in LARGE if name.startswith("num_p") or "_p" in name}
+    gpu = {"hardware": replace(H100_LIKE, name="H100-80GB"), "facts": sizes | {"max_seq_len": None}}
+    changes: dict[str, Any] = {"resources__workers": "64", "training__sequence_parallel": 1}
+    changes["training__zero"] = {"stage": 3}
+    plan = draft_at(64, **gpu, **changes)
+    assert plan.worlds[-1].groups.num_shard_groups > 1
+    longest = lengths(plan)[1]
+    found = [draft_at(length, **gpu, **changes).worlds[-1] for length in (longest, longest + 64)]
+    assert [world.fits for world in found] == [True, False]
 
 
 def test_longest_sequence__groups__leave_less_room() -> None:
