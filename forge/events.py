@@ -271,6 +271,21 @@ class MixedDevices:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SmallGpu:
+    """A node has ranks on a GPU with less memory than the plan's estimate needs, and less than the planned GPU."""
+
+    generation: int
+    node: str
+    host: str
+    gpu: str
+    memory_bytes: int
+    needed_bytes: int
+    """Of a rank at this number of workers, by the plan."""
+    world_size: int
+    planned_gpu: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StragglerDetected:
     """A node whose own work takes longer than that of the others, again and again; all ranks wait for it."""
 
@@ -703,6 +718,7 @@ Event = (
     | ForkServerFailed
     | RankHung
     | MixedDevices
+    | SmallGpu
     | StragglerDetected
     | GenerationStarting
     | GenerationStarted

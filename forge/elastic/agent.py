@@ -57,11 +57,13 @@ class Agent:
         find_supervisor: Callable[[], Awaitable[Endpoint]],
         recorder: RecorderClient,
         pool: ForkServerPool | None = None,
+        find_gpu: Callable[[], tuple[str, int] | None] = lambda: None,
     ) -> None:
         """Args:
         find_supervisor: returns the supervisor's current endpoint; it changes when the supervisor is restarted.
         recorder: the run's recorder.
         pool: provides the fork server and takes it back, if another run is to use it afterwards.
+        find_gpu: returns name and memory in bytes of the smallest GPU of the run here; called on a thread.
         """
         self._config, self._find_supervisor = config, find_supervisor
         self._secret = bytes.fromhex(config.secret)
@@ -77,6 +79,8 @@ class Agent:
             pool=pool,
         )
         self._supervisor: Channel | None = None
+        self._find_gpu = find_gpu
+        self._gpu: tuple[str, int] | None = None
         self._heartbeat_s = _FIRST_HEARTBEAT_S
         self._notices: list[Notice] = []
         self._logged: set[str] = set()
@@ -89,6 +93,7 @@ class Agent:
         self._tasks.start(self._workers.keep_fork_server())
         self._tasks.start(self._forward_records())
         self._tasks.start(self._follow_supervisor())
+        self._tasks.start(self._report_gpu())
         self._tasks.start(watch(os.environ, self._preemption_noticed))
         try:
             await self._is_over.wait()
@@ -154,6 +159,12 @@ class Agent:
             with contextlib.suppress(OSError):
                 await self._supervisor.send(report)
 
+    async def _report_gpu(self) -> None:
+        """Report the smallest GPU, by itself: the registration does not wait a second for its driver."""
+        self._gpu = await asyncio.to_thread(self._find_gpu)
+        if self._gpu is not None:
+            await self._report(report="gpu", gpu=list(self._gpu))
+
     def _registration(self) -> Message:
         workers = self._workers
         return {
@@ -173,6 +184,7 @@ class Agent:
             "running_ranks": {str(rank): world_size for rank, world_size in workers.world_sizes.items()},
             "pids": {str(rank): pid for rank, pid in workers.pids.items()},
             "replicas": locations_record(self._store.locations()),
+            "gpu": None if self._gpu is None else list(self._gpu),
         }
 
     async def _send_heartbeats(self, channel: Channel) -> None:

@@ -63,10 +63,15 @@ class StragglerWatch:
         self._generation = 0
         self._devices: dict[str, str] = {}
         self._mixture: Counter[str] = Counter()
-        self._is_mixture_known = False
+        self._mixture_generation = 0
+        """The last generation in which the devices of all ranks were known."""
         self._recorded: dict[str, str] = {}
         """Machine → the action that was recorded last."""
         self._replaced = {machine_of(node) for node in terms.replaced}
+
+    def note_device(self, node: str, device: str) -> None:
+        """Note a node's GPU by its driver, known before its ranks have timed a step."""
+        self._devices.setdefault(node, device)
 
     def note(self, node: str, heartbeat: Message, *, state: MembershipState) -> None:
         """Note the times that a node's heartbeat reports."""
@@ -75,16 +80,17 @@ class StragglerWatch:
         if state.generation != self._generation:
             self._generation = state.generation
             self._detector.begin_generation()
-            self._is_mixture_known = False
         self._devices[node] = heartbeat["device"]
         for rank, own_ns, num_steps in heartbeat["own_times"]:
             self._detector.update(rank, own_s=own_ns / 1e9, num_steps=num_steps)
 
     def check(self, state: MembershipState, connections: Mapping[str, AgentConnection], *, now: float) -> list[str]:
         """Record new stragglers. Returns: the nodes to be replaced, as if a notice had come for them."""
-        if state.phase is not Phase.TRAINING or state.is_stopping or state.generation != self._generation:
+        if state.phase is not Phase.TRAINING or state.is_stopping:
             return []
         self._record_mixed(state)
+        if state.generation != self._generation:
+            return []
         leaving = []
         for straggler in self._detector.find(state.assignment, devices=self._devices, now=now):
             node = straggler.node
@@ -99,10 +105,11 @@ class StragglerWatch:
 
     def _record_mixed(self, state: MembershipState) -> None:
         """Record, once per mixture, that the ranks run on several kinds of device."""
-        if self._is_mixture_known:
+        if self._mixture_generation == state.generation:
             return
         kinds = Counter(self._devices.get(node, "") for node in state.assignment)
-        self._is_mixture_known = "" not in kinds
+        if "" not in kinds:
+            self._mixture_generation = state.generation
         if len(kinds) < 2 or "" in kinds or kinds == self._mixture:
             return
         self._mixture = kinds

@@ -15,6 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from forge import events
 from forge.elastic import states
@@ -24,6 +25,7 @@ from forge.elastic.background import BackgroundTasks
 from forge.elastic.commands import find_spare, start_commands
 from forge.elastic.deadline_watch import DeadlineWatch
 from forge.elastic.flush_coordinator import FlushCoordinator
+from forge.elastic.gpu_watch import GpuWatch
 from forge.elastic.hang_detector import HangDetector, StepTimes
 from forge.elastic.loss_history import LossHistory
 from forge.elastic.membership import RECOVERY_S, decide
@@ -76,6 +78,7 @@ class Supervisor:
         losses: LossHistory | None = None,
         deadlines: Sequence[DeadlineWatch] = (),
         stragglers: StragglerWatch | None = None,
+        gpus: GpuWatch | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Args:
@@ -89,6 +92,7 @@ class Supervisor:
         losses: with `checkpoint.every: auto`, what the run has lost so far.
         deadlines: of `resources.deadline` and `resources.max_hours`.
         stragglers: names nodes that slow the others down; None: nothing does.
+        gpus: names nodes whose GPUs are too small; None: nothing does.
         """
         self.state = replace(
             state,
@@ -97,7 +101,7 @@ class Supervisor:
             recovery_deadline=clock() + RECOVERY_S if is_restarted else None,
         )
         self._placement, self._record_event, self._meter, self._clock = placement, record_event, meter, clock
-        self._losses, self._deadlines, self._stragglers = losses, deadlines, stragglers
+        self._losses, self._deadlines, self._stragglers, self._gpus = losses, deadlines, stragglers, gpus
         self._sources = SourceWriter()
         self._stop_reason = ""
         self._connections = AgentConnections()
@@ -169,6 +173,7 @@ class Supervisor:
             usd_per_hour=registration["usd_per_hour"],
             saving_usd_per_hour=registration.get("saving_usd_per_hour", 0.0),
         )
+        self._note_gpu(connection, registration.get("gpu"))
         attached = attached_from(registration, slots=self._placement.slots_of(node))
         if registration["is_ready"]:
             self._record_joined(node, num_slots=attached.num_slots)
@@ -225,6 +230,8 @@ class Supervisor:
                 return
             case "forked" if report["generation"] == self.state.generation:
                 self._pids[report["rank"]] = report["pid"]
+            case "gpu":
+                self._note_gpu(connection, report["gpu"])
             case "started":
                 self._generation_started(report["started"])
             case "preemption":
@@ -241,6 +248,17 @@ class Supervisor:
             self.apply(event)
         if isinstance(event, states.NodeReady) and not event.is_ready:
             self._note_failed_start(node, event)
+
+    def _note_gpu(self, connection: AgentConnection, gpu: Sequence[Any] | None) -> None:
+        """Note name and memory of the smallest GPU of a node; None: it has none, or does not know yet."""
+        if gpu is None:
+            return
+        name, memory_bytes = str(gpu[0]), int(gpu[1])
+        if self._stragglers is not None:
+            self._stragglers.note_device(connection.node, name)
+        if self._gpus is not None:
+            host, state = connection.host, self.state
+            self._gpus.note(connection.node, name=name, memory_bytes=memory_bytes, host=host, state=state)
 
     def _note_failed_start(self, node: str, failed: states.NodeReady) -> None:
         member = self.state.nodes.get(node)
@@ -413,6 +431,8 @@ class Supervisor:
                 parts_per_shard=start.parts_per_shard,
             )
         )
+        if self._gpus is not None:
+            self._gpus.check(self.state)
         laps = {"decide": round(decided_in_s, 4)}
         if self._changed_at is not None:
             laps = {"stop": round(self._clock() - self._changed_at, 3)} | laps

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from forge.errors import printable
-from forge.units import format_date, format_duration
+from forge.units import format_bytes, format_date, format_duration
 
 _RAY_ID = re.compile(r"\b([0-9a-f]{4})[0-9a-f]{52}\b")
 _MAX_CHARS = 300
@@ -56,8 +56,8 @@ class EventDescriber:
                 )
             case "RankHung":
                 return _hang_text(event)
-            case "MixedDevices" | "StragglerDetected" as kind:
-                return _mixed_text(event) if kind == "MixedDevices" else _straggler_text(event)
+            case "MixedDevices" | "SmallGpu" | "StragglerDetected":
+                return _device_text(event)
             case "MembershipChangeStarted":
                 self._reason, self._members = event["reason"], set()
             case "WaitingForMachines":
@@ -134,9 +134,23 @@ def _hang_text(event: Mapping[str, Any]) -> str:
     return f"no progress for {silent}, rank {event['rank']} is behind; every rank's log has its stacks"
 
 
+def _device_text(event: Mapping[str, Any]) -> str:
+    texts = {"MixedDevices": _mixed_text, "SmallGpu": _small_gpu_text, "StragglerDetected": _straggler_text}
+    return texts[event["event"]](event)
+
+
 def _mixed_text(event: Mapping[str, Any]) -> str:
     kinds = ", ".join(f"{count} on {name}" for name, count in sorted(event["num_ranks"].items()))
     return f"the ranks run on different devices ({kinds}): a step takes as long as on the slowest kind"
+
+
+def _small_gpu_text(event: Mapping[str, Any]) -> str:
+    need, has = format_bytes(event["needed_bytes"]), format_bytes(event["memory_bytes"])
+    return (
+        f"node {event['node']} has {event['gpu']} with {has}, but a rank needs {need} of it at "
+        f"{workers(event['world_size'])} by the plan, which is for {event['planned_gpu']}: it may run out of "
+        "memory. Take it out of the cluster, or lower training.micro_batch_size"
+    )
 
 
 def _straggler_text(event: Mapping[str, Any]) -> str:

@@ -12,6 +12,7 @@ import os
 import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from forge.pricing.budget import read_price
 from forge.process import raise_descriptor_limit, redirect_output
 from forge.runtime.actor_names import AGENT, NAMESPACE
 from forge.runtime.corpus_server import ensure_inputs
+from forge.runtime.local_gpus import smallest_gpu
 from forge.runtime.placement import Allocation
 
 
@@ -128,6 +130,7 @@ class AgentActor:
                 find_supervisor=lambda: _endpoint_of(hosted.supervisor),
                 recorder=client,
                 pool=self._pool,
+                find_gpu=partial(smallest_gpu, config.devices),
             )
             await hosted.agent.run()
         except Exception as error:  # Ray raises many unrelated classes; whichever it is, this node cannot be used

@@ -7,7 +7,7 @@ import itertools
 import os
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 
 def local_gpu() -> tuple[str, int] | None:
@@ -17,6 +17,23 @@ def local_gpu() -> tuple[str, int] | None:
 
 def local_gpus() -> list[tuple[str, int]]:
     """Name and memory in bytes of this machine's GPUs that CUDA may use, according to their driver."""
+    found = _listed_gpus()
+    count = num_visible_gpus(len(found), os.environ)
+    return _of_devices(found, os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[:count])[:count]
+
+
+def smallest_gpu(devices: Sequence[str]) -> tuple[str, int] | None:
+    """Name and memory in bytes of the smallest of this machine's GPUs among devices; None if none is a known GPU.
+
+    Args:
+        devices: `cpu`, or `cuda:` and the number or UUID of a GPU by the driver.
+    """
+    wanted = [device.removeprefix("cuda:") for device in devices if device.startswith("cuda:")]
+    found = _of_devices(_listed_gpus(), wanted) if wanted else []
+    return min(found, key=lambda gpu: gpu[1], default=None)
+
+
+def _listed_gpus() -> list[tuple[str, int]]:
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return []
@@ -24,14 +41,15 @@ def local_gpus() -> list[tuple[str, int]]:
     try:
         answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
         rows = (line.rsplit(",", 1) for line in answer.splitlines())
-        found = [(name.strip(), int(mib) * 2**20) for name, mib in rows]
+        return [(name.strip(), int(mib) * 2**20) for name, mib in rows]
     except (OSError, subprocess.SubprocessError, ValueError):
         return []
-    count = num_visible_gpus(len(found), os.environ)
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[:count]
-    if count and all(entry.strip().isdecimal() for entry in visible):
-        return [found[int(entry)] for entry in visible]
-    return found[:count]
+
+
+def _of_devices(found: list[tuple[str, int]], numbers: Sequence[str]) -> list[tuple[str, int]]:
+    """Return the GPUs with these numbers; all if some are no numbers but UUIDs, or do not exist."""
+    is_known = numbers and all(one.strip().isdecimal() and int(one) < len(found) for one in numbers)
+    return [found[int(one)] for one in numbers] if is_known else found
 
 
 def num_local_gpus() -> int:

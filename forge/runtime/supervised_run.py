@@ -16,6 +16,7 @@ from pathlib import Path
 import ray
 
 from forge.elastic.agent_config import AgentConfig
+from forge.elastic.gpu_watch import GpuWatch
 from forge.elastic.loss_history import LossHistory
 from forge.elastic.states import MembershipState
 from forge.elastic.straggler_watch import REPLACING, StragglerTerms, StragglerWatch
@@ -75,6 +76,11 @@ class SupervisedRun:
             losses=LossHistory(history) if self.plan.job.checkpoint.every == "auto" else None,
             deadlines=tuple(
                 watch_deadlines(self.plan, folder=history.parent, placement=placement, record_event=record_event)
+            ),
+            gpus=GpuWatch(
+                self.plan.hardware,
+                needed_bytes=ByWorldSize(self.plan, number=lambda world: world.memory.total_bytes),
+                record_event=record_event,
             ),
             stragglers=StragglerWatch(
                 StragglerTerms(

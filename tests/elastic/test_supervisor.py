@@ -12,6 +12,7 @@ import pytest
 from forge.elastic import source_shards
 from forge.elastic.agent_connections import AgentConnection
 from forge.elastic.commands import start_commands
+from forge.elastic.gpu_watch import GpuWatch
 from forge.elastic.messages import SharedMessage, to_json, unpack
 from forge.elastic.rpc import Message
 from forge.elastic.source_shards import SourceReader, SourceWriter
@@ -23,12 +24,15 @@ from forge.errors import ClusterError
 from forge.events import (
     CostUpdated,
     Event,
+    GenerationStarted,
     GenerationStarting,
     MixedDevices,
     NodeJoined,
     PreemptionNoticeReceived,
+    SmallGpu,
     StragglerDetected,
 )
+from forge.plan.inputs import HardwareInfo
 from forge.pricing.budget import CostLimits, CostMeter, read_price
 from tests.support.placement import FixedPlacement
 
@@ -69,12 +73,17 @@ class Scene:
                 placement=self.placement,
                 record_event=self.recorded.append,
             ),
+            gpus=GpuWatch(
+                HardwareInfo(device="cuda", name="H100-80GB", memory_bytes=80 * 2**30, peak_flops=None),
+                needed_bytes={1: 60 * 2**30, 2: 40 * 2**30},
+                record_event=self.recorded.append,
+            ),
         )
         for name in ("a", "b"):
             self.connect(name)
         self.start_generation()
 
-    def connect(self, name: str, *, usd_per_hour: float | None = 1.0) -> None:
+    def connect(self, name: str, *, usd_per_hour: float | None = 1.0, gpu: tuple[str, int] | None = None) -> None:
         self.received[name] = []
         self.connections[name] = AgentConnection(
             node=name,
@@ -95,7 +104,7 @@ class Scene:
                 "is_ready": True,
                 "running_ranks": {},
             },
-            **{"num_slots": 1, "num_guaranteed": 1, "usd_per_hour": usd_per_hour},
+            **{"num_slots": 1, "num_guaranteed": 1, "usd_per_hour": usd_per_hour, "gpu": gpu},
         }
         self.supervisor.attach(self.connections[name], registration=registration)
 
@@ -522,3 +531,41 @@ def test_mixed_devices__said_once_and_the_slower_kind_is_no_straggler() -> None:
         assert not any(isinstance(event, StragglerDetected) for event in scene.recorded)
 
     run_scene(script, replaces_stragglers=True)
+
+
+@pytest.mark.parametrize(
+    ("gib", "needed_gib", "on"), [(15, 60, "a"), (48, 60, "a"), (15, 40, "b"), (48, None, "b"), (80, None, "a")]
+)
+def test_small_gpu__less_than_the_estimate__named_before_the_first_step(
+    gib: int, needed_gib: int | None, on: str
+) -> None:
+    """The ranks are on `a` at first, which needs 60 GiB, then on both, which need 40."""
+
+    def script(scene: Scene) -> None:
+        report = {"report": "gpu", "gpu": ["Tesla T4", gib * 2**30]}
+        scene.supervisor.receive(scene.connections[on], report)
+        _train_on_both(scene)
+        scene.supervisor.receive(scene.connections[on], report)
+        found = [event for event in scene.recorded if isinstance(event, SmallGpu)]
+        expected = [] if needed_gib is None else [(on, f"host-{on}", gib * 2**30, needed_gib * 2**30)]
+        assert [(one.node, one.host, one.memory_bytes, one.needed_bytes) for one in found] == expected
+        if found:
+            generation = next(event.generation for event in scene.recorded if isinstance(event, GenerationStarted))
+            assert found[0].generation == generation + (on == "b")
+            starts = [number for number, event in enumerate(scene.recorded) if isinstance(event, GenerationStarted)]
+            assert on == "a" or scene.recorded.index(found[0]) < starts[1]
+
+    run_scene(script)
+
+
+def test_mixed_devices__gpus_by_the_driver__said_after_the_first_step() -> None:
+    def script(scene: Scene) -> None:
+        for name, gpu in (("a", "H100"), ("b", "A100")):
+            scene.supervisor.receive(scene.connections[name], {"report": "gpu", "gpu": [gpu, 80 * 2**30]})
+        _train_on_both(scene)
+        scene.supervisor.tick()
+        scene.supervisor.tick()
+        mixed = [event.num_ranks for event in scene.recorded if isinstance(event, MixedDevices)]
+        assert mixed == [{"H100": 1, "A100": 1}]
+
+    run_scene(script)

@@ -28,6 +28,7 @@ from forge.events import (
     RankLocation,
     RegionMoveAdvised,
     RunStarted,
+    SmallGpu,
     SnapshotIntervalChanged,
     StragglerDetected,
     SupervisorRestarted,
@@ -86,6 +87,20 @@ SLOW = StragglerDetected(
 )
 _IS_SLOW = "node 3f2a is slow: 2.0 times the other ranks' own work in a step (204ms against 100ms)"
 STRAGGLERS = [
+    (
+        SmallGpu(
+            generation=1,
+            node=NODE,
+            host="h",
+            gpu="Tesla T4",
+            memory_bytes=15 * 2**30,
+            needed_bytes=40 * 2**30,
+            world_size=2,
+            planned_gpu="H100-80GB",
+        ),
+        "node 3f2a has Tesla T4 with 15.0 GiB, but a rank needs 40.0 GiB of it at 2 workers by the plan, which is "
+        "for H100-80GB: it may run out of memory. Take it out of the cluster, or lower training.micro_batch_size",
+    ),
     (
         MixedDevices(generation=1, num_ranks={"H100": 2, "A100": 1}),
         "the ranks run on different devices (1 on A100, 2 on H100): a step takes as long as on the slowest kind",

@@ -13,7 +13,7 @@ from forge.config.load import LoadedJob, load_job
 from forge.plan.gpu_kinds import WorkerGpu
 from forge.plan.inputs import HardwareInfo
 from forge.remote.submit import RemoteTarget, remote_hardware
-from forge.runtime.local_gpus import num_visible_gpus
+from forge.runtime.local_gpus import num_visible_gpus, smallest_gpu
 from forge.runtime.probe import _job_file_error, count_local_slots, hardware
 
 JOB = """\
@@ -138,3 +138,15 @@ def test_remote_hardware__nodes_of_two_kinds__the_smaller_and_not_the_heads(tmp_
     named = planned("H100", node("a", "H100"), node("b", "A100"))
     assert (named.name, named.memory_bytes) == ("H100-80GB", 80 * 2**30)
     assert "nodes have A100-40GB with less memory: set resources.gpu: auto" in named.note
+
+
+def test_smallest_gpu__devices_of_a_run__by_their_numbers_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_driver(tmp_path, monkeypatch, "NVIDIA H100, 81559", "Tesla T4, 15360", "NVIDIA H100, 81559")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # as in an actor of Ray without GPUs
+    t4, h100 = ("Tesla T4", 15360 * 2**20), ("NVIDIA H100", 81559 * 2**20)
+    assert smallest_gpu(("cuda:0", "cuda:2")) == h100
+    assert smallest_gpu(("cuda:0", "cuda:1")) == t4
+    assert smallest_gpu(("cuda:GPU-8932f937",)) == t4  # any of them
+    assert smallest_gpu(("cpu", "cpu")) is None
