@@ -10,6 +10,7 @@ mask with as many heads only; `forge.plan.window_memory` counts both.
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -35,18 +36,43 @@ def windowed_attention(
     mask = _window_mask(window=window, chunk=chunk, dtype=query.dtype, device=query.device)
     lead = mask.shape[1] - chunk
     outputs = []
-    for start in range(0, length, chunk):
+    for start, queries in zip(range(0, length, chunk), torch.split(query, chunk, dim=2), strict=True):
         stop, first = min(start + chunk, length), max(0, start - lead)
         columns = slice(lead - (start - first), lead - start + stop)
-        out = scaled_dot_product_attention(
-            query[:, :, start:stop],
-            key[:, :, first:stop],
-            value[:, :, first:stop],
-            attn_mask=mask[: stop - start, columns],
-            scale=scaling,
-        )
+        keys, key = _part(key, first, stop)
+        values, value = _part(value, first, stop)
+        added = mask[: stop - start, columns]
+        out = scaled_dot_product_attention(queries, keys, values, attn_mask=added, scale=scaling)
         outputs.append(out.transpose(1, 2))
     return torch.cat(outputs, dim=1)
+
+
+class _Part(torch.autograd.Function):
+    """Takes a part of keys or values, and returns the whole again, from which the next part is to be taken.
+
+    So the gradients of overlapping parts are added into one tensor, the last part first. A slice by itself would
+    make a tensor of the whole for each part, and T² ÷ chunk bytes would be written.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, whole: Tensor, first: int, stop: int) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        ctx.shape, ctx.first, ctx.stop = whole.shape, first, stop
+        return whole[:, :, first:stop], whole.view_as(whole)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None]:
+        of_part, of_whole = grads
+        if of_part is None:
+            return of_whole, None, None
+        if of_whole is None:  # the last part
+            of_whole = of_part.new_zeros(ctx.shape)
+        of_whole[:, :, ctx.first : ctx.stop] += of_part
+        return of_whole, None, None
+
+
+def _part(whole: Tensor, first: int, stop: int) -> tuple[Tensor, Tensor]:
+    return cast(tuple[Tensor, Tensor], _Part.apply(whole, first, stop))  # type: ignore[no-untyped-call]
 
 
 @lru_cache(maxsize=1)

@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from forge.model.sequence_parallel import SERVED
 from forge.plan.inputs import CorpusInfo
 from forge.plan.plan import Plan, make_plan, plan_to_json
 from forge.train.sequence_parallel import example_lengths
+from forge.train.windowed_attention import windowed_attention
 from tests.support.examples import masked_corpus
 from tests.support.jobs import CPU, tiny_facts, tiny_job
 from tests.support.ranks import Recording, on_ranks, run_ranks, train_one_rank
@@ -183,6 +185,20 @@ def summed_gradients(model: Any, inputs: dict[str, torch.Tensor]) -> list[torch.
     loss.backward()
     gradients = [one.grad.flatten() for one in model.parameters() if one.grad is not None]
     return [loss.detach(), torch.cat(gradients)]
+
+
+@pytest.mark.slow
+def test_windowed_attention__computed_again__same_gradients() -> None:
+    torch.manual_seed(0)
+    given = [torch.randn(2, heads, 101, 8, requires_grad=True) for heads in (4, 2, 2)]
+
+    def attend(*whole: torch.Tensor) -> torch.Tensor:
+        query, key, value = whole
+        return windowed_attention(query, key, value, scaling=None, window=17, chunk=16).square()
+
+    again = checkpoint(attend, *given, use_reentrant=False)
+    one, other = (torch.autograd.grad(out.sum(), given) for out in (attend(*given), again))
+    assert all(map(torch.equal, one, other))
 
 
 @pytest.mark.slow
