@@ -390,11 +390,16 @@ class LayersCompiled:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompileFailed:
-    """Layers could not be compiled; the generation goes on without."""
+    """A rank could not compile its layers, and goes on without.
+
+    Recorded once in a run for each cause, of the first node that reports it.
+    """
 
     reason: str
     seconds: float
     """Spent on trying."""
+    node: str = ""
+    """Of the rank; empty if the engine does not report locations."""
 
 
 # State: snapshots, checkpoints, evaluation

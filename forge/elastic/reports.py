@@ -56,3 +56,8 @@ def event_from(report: Message, *, node: str) -> Event | None:
         case "checkpoint_committed":
             return CheckpointCommitted(step=report["step"])
     return None
+
+
+def failure_cause(reason: str) -> str:
+    """Return a reason without its paths and numbers, which differ among ranks and generations with one cause."""
+    return " ".join(word for word in reason.split() if not any(char.isdigit() or char in "/\\" for char in word))

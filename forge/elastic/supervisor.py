@@ -13,7 +13,7 @@ import asyncio
 import functools
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -31,7 +31,7 @@ from forge.elastic.loss_history import LossHistory
 from forge.elastic.membership import RECOVERY_S, decide
 from forge.elastic.messages import SharedMessage
 from forge.elastic.placement import Placement
-from forge.elastic.reports import attached_from, event_from
+from forge.elastic.reports import attached_from, event_from, failure_cause
 from forge.elastic.rpc import Channel, Endpoint, Listener, Message
 from forge.elastic.source_shards import SourceWriter
 from forge.elastic.states import Action, Event, MembershipState, Phase
@@ -79,6 +79,7 @@ class Supervisor:
         deadlines: Sequence[DeadlineWatch] = (),
         stragglers: StragglerWatch | None = None,
         gpus: GpuWatch | None = None,
+        compile_failures: Iterable[str] = (),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Args:
@@ -93,6 +94,7 @@ class Supervisor:
         deadlines: of `resources.deadline` and `resources.max_hours`.
         stragglers: names nodes that slow the others down; None: nothing does.
         gpus: names nodes whose GPUs are too small; None: nothing does.
+        compile_failures: reasons of those that the run has recorded before.
         """
         self.state = replace(
             state,
@@ -102,6 +104,7 @@ class Supervisor:
         )
         self._placement, self._record_event, self._meter, self._clock = placement, record_event, meter, clock
         self._losses, self._deadlines, self._stragglers, self._gpus = losses, deadlines, stragglers, gpus
+        self._compile_causes = {failure_cause(reason) for reason in compile_failures}
         self._sources = SourceWriter()
         self._stop_reason = ""
         self._connections = AgentConnections()
@@ -230,6 +233,8 @@ class Supervisor:
                 return
             case "forked" if report["generation"] == self.state.generation:
                 self._pids[report["rank"]] = report["pid"]
+            case "compile_failed":
+                self._note_compile_failure(node, reason=report["reason"], seconds=report["seconds"])
             case "gpu":
                 self._note_gpu(connection, report["gpu"])
             case "started":
@@ -259,6 +264,12 @@ class Supervisor:
         if self._gpus is not None:
             host, state = connection.host, self.state
             self._gpus.note(connection.node, name=name, memory_bytes=memory_bytes, host=host, state=state)
+
+    def _note_compile_failure(self, node: str, *, reason: str, seconds: float) -> None:
+        """Record why layers run uncompiled, once for each cause, whatever rank of whatever generation it is."""
+        if (cause := failure_cause(reason)) not in self._compile_causes:
+            self._compile_causes.add(cause)
+            self._record_event(events.CompileFailed(reason=reason, seconds=seconds, node=node))
 
     def _note_failed_start(self, node: str, failed: states.NodeReady) -> None:
         member = self.state.nodes.get(node)

@@ -109,7 +109,8 @@ def _speed_text(event: Mapping[str, Any]) -> str:
     if event["event"] == "GradientsNotQuantized":
         return f"gradients are not quantised (training.zero.quantized_gradients): {event['reason']}"
     if event["event"] == "CompileFailed":
-        return f"layers run uncompiled (training.compile): {event['reason']}"
+        where = f" on node {event['node']}" if event.get("node") else ""
+        return f"layers run uncompiled{where} (training.compile): {event['reason']}"
     layers = f"{event['num_layers']} layers compiled in {format_duration(event['seconds'])}"
     return f"{layers}, {event['num_from_cache']} of {event['num_graphs']} graphs from the cache"
 

@@ -77,6 +77,7 @@ class SupervisedRun:
             deadlines=tuple(
                 watch_deadlines(self.plan, folder=history.parent, placement=placement, record_event=record_event)
             ),
+            compile_failures=recorded_texts(history, "CompileFailed", "reason"),
             gpus=GpuWatch(
                 self.plan.hardware,
                 needed_bytes=ByWorldSize(self.plan, number=lambda world: world.memory.total_bytes),
@@ -205,3 +206,15 @@ def largest_recorded(history: Path, kind: str, key: str) -> float:
                 if record["event"] == kind:
                     largest = max(largest, float(record[key]))
     return largest
+
+
+def recorded_texts(history: Path, kind: str, key: str) -> list[str]:
+    """The values of a text field of all events of a kind in `events.jsonl`."""
+    found = []
+    with contextlib.suppress(OSError), history.open() as lines:
+        for line in lines:
+            if f'"{kind}"' in line:
+                with contextlib.suppress(ValueError, KeyError, TypeError):
+                    record = json.loads(line)
+                    found += [str(record[key])] if record["event"] == kind else []
+    return found

@@ -22,6 +22,7 @@ from forge.elastic.straggler_watch import StragglerTerms, StragglerWatch
 from forge.elastic.supervisor import Supervisor
 from forge.errors import ClusterError
 from forge.events import (
+    CompileFailed,
     CostUpdated,
     Event,
     GenerationStarted,
@@ -567,5 +568,21 @@ def test_mixed_devices__gpus_by_the_driver__said_after_the_first_step() -> None:
         scene.supervisor.tick()
         mixed = [event.num_ranks for event in scene.recorded if isinstance(event, MixedDevices)]
         assert mixed == [{"H100": 1, "A100": 1}]
+
+    run_scene(script)
+
+
+def test_compile_failed__several_ranks_and_generations__once_for_each_cause_with_the_node() -> None:
+    def script(scene: Scene) -> None:
+        def report(name: str, reason: str) -> None:
+            failed = {"report": "compile_failed", "reason": reason, "seconds": 1.5, "node": ""}
+            scene.supervisor.receive(scene.connections[name], failed)
+
+        report("b", "InvalidCxxCompiler: no compiler, looked in /tmp/x1")
+        _train_on_both(scene)
+        report("a", "InvalidCxxCompiler: no compiler, looked in /tmp/y2")
+        report("a", "RuntimeError: another cause")
+        found = [(event.node, event.reason[:7]) for event in scene.recorded if isinstance(event, CompileFailed)]
+        assert found == [("b", "Invalid"), ("a", "Runtime")]
 
     run_scene(script)

@@ -238,6 +238,10 @@ def test_describe__idle_node_left__has_its_own_line() -> None:
             "layers run uncompiled (training.compile): no C++ compiler",
         ),
         (
+            CompileFailed(reason="no C++ compiler", seconds=1.0, node=NODE),
+            "layers run uncompiled on node 3f2a (training.compile): no C++ compiler",
+        ),
+        (
             SnapshotIntervalChanged(every=4, seconds=0.012, share=0.009),
             "snapshots to memory every 4 steps from now on (12ms each, 0.9% of the time)",
         ),

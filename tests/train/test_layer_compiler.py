@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import pickle
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +15,16 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from forge.events import CompileFailed, LayersCompiled
+from forge.elastic.workers.status_page import create_status_page
+from forge.elastic.workers.worker_process import AgentLink, FailureReporter
+from forge.events import CompileFailed, Event, LayersCompiled
 from forge.model.repeated_layers import repeated_layers
 from forge.model.selective_checkpoint import enable_checkpointing
 from forge.plan.inputs import CorpusInfo
 from forge.train import layer_compiler
 from forge.train.layer_compiler import LayerCompiler
 from tests.support.jobs import tiny_plan
-from tests.support.ranks import RecordingReporter, run_ranks
+from tests.support.ranks import RecordingReporter, on_ranks, run_ranks
 
 COMPILE_S = 500.0
 pytestmark = pytest.mark.slow  # the compiler alone takes seconds to import
@@ -159,3 +165,39 @@ def test_train__compiled__losses_equal_resume_exact_and_cache_found(
     assert [event.num_layers for (event,) in compiled] == [2, 2, 2]
     assert [event.num_from_cache for (event,) in compiled[1:]] == [event.num_graphs for (event,) in compiled[1:]]
     assert not [e for run in (whole, first, second, resized) for e in run.events if isinstance(e, CompileFailed)]
+
+
+def test_compile__no_compiler_on_one_of_two_nodes__its_rank_says_so_to_its_agent(tmp_path: Path) -> None:
+    found = on_ranks(compile_at_agent, str(tmp_path), world_size=2, timeout_s=COMPILE_S)
+    (_, said), (loss, missing) = found
+    assert loss == pytest.approx(found[0][0])
+    assert said == []  # LayersCompiled of another rank than 0 is not reported
+    (event,) = missing
+    assert isinstance(event, CompileFailed) and "C++" in event.reason
+
+
+def compile_at_agent(rank: int, folder: str) -> tuple[float, list[Event]]:
+    """Compile layers as a rank but 0, on rank 1 by a C++ compiler that is missing.
+
+    Returns: the loss, and the events that its agent got.
+    """
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{folder}/{rank}"
+    if rank == 1:
+        os.environ |= {"PATH": folder, "CXX": "no-such-compiler"}
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    status = create_status_page()
+    layer_compiler.prepare_compiler(num_ranks=2)
+    model = Squares(reads_values=False)
+    reporter, backend = FailureReporter(AgentLink(theirs, status)), "inductor" if rank == 1 else "aot_eager"
+    compiler = LayerCompiler(model, reporter=reporter, backend=backend)
+    for _ in range(2):
+        loss, _ = step(model)
+    compiler.report()
+    ours.setblocking(False)
+    events = []
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            kind, event = pickle.loads(ours.recv(2**16))
+            assert kind == "event"
+            events.append(event)
+    return float(loss), events

@@ -32,7 +32,7 @@ from forge.elastic.workers.fork_client import ForkServer, ForkServerPool
 from forge.elastic.workers.rank_process import RankProcess
 from forge.elastic.workers.standby import MAX_MESSAGE_BYTES, StandbyProcesses, connect_rank
 from forge.elastic.workers.status_page import StatusField, create_status_page
-from forge.events import CheckpointSaved, GenerationStarted
+from forge.events import CheckpointSaved, CompileFailed, GenerationStarted
 from forge.limits import free_memory_bytes, out_of_memory_kills, usable_cpus, usable_memory_bytes
 from forge.units import format_bytes
 
@@ -350,6 +350,8 @@ class WorkerGroup:
                 worker.device_name = name
             case "event", (GenerationStarted() as started,):
                 self._tasks.start(self._report(report="started", started=asdict(started)))
+            case "event", (CompileFailed() as failed,):  # of any rank; the supervisor records each cause once
+                self._tasks.start(self._report(report="compile_failed", **asdict(failed)))
             case "end", (end, step, reason, error):
                 worker.has_reported_end = True
                 report = self._report_end(worker, end, step=step, reason=reason, error=error)

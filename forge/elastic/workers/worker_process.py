@@ -29,7 +29,7 @@ from forge.elastic.states import EndReason
 from forge.elastic.straggler_detector import WINDOW_STEPS
 from forge.elastic.workers.status_page import StatusField, StatusPage
 from forge.errors import ForgeError
-from forge.events import Event, NullReporter, StepMetrics
+from forge.events import CompileFailed, Event, NullReporter, Reporter, StepMetrics
 from forge.model.families.base import DataShape
 from forge.model.families.registry import family_of
 from forge.plan.checkpoint_interval import CheckpointRisk
@@ -127,7 +127,7 @@ def _run(spec: WorkerSpec, *, link: AgentLink, fds: list[int], plan_json: str, l
             secret=bytes.fromhex(spec.secret),
             position=(spec.rank % size + 0.5) / size,
         )
-    reporter: AgentReporter | NullReporter = NullReporter()
+    reporter: AgentReporter | FailureReporter = FailureReporter(link)
     if spec.rank == 0:
         reporter = AgentReporter(link)
         for metrics in state_source.metrics if state_source else ():
@@ -233,10 +233,21 @@ class AgentReporter:
         return bool(self._link.status[StatusField.DRAIN])
 
 
+class FailureReporter(NullReporter):
+    """Reporter of the ranks but 0: of what they report, only a failed compilation differs from rank 0's."""
+
+    def __init__(self, link: AgentLink) -> None:
+        self._link = link
+
+    def event(self, event: Event) -> None:
+        if isinstance(event, CompileFailed):
+            self._link.send("event", event)
+
+
 class AgentReplicaClient:
     """Has the agent replicate this rank's snapshots."""
 
-    def __init__(self, link: AgentLink, reporter: AgentReporter | NullReporter, *, local_world_size: int) -> None:
+    def __init__(self, link: AgentLink, reporter: Reporter, *, local_world_size: int) -> None:
         self._link, self._reporter, self._local_world_size = link, reporter, local_world_size
 
     def register(self, snapshot: SnapshotBuffer, *, piece: int, num_pieces: int, is_sent: bool) -> None:
