@@ -6,6 +6,9 @@ world size W from the ZeRO stage that shards it. In fp32 under ZeRO 0 the weight
 + 8Ψ; ZeRO 1 to 3 keep a separate fp32 partition in that case too. Other optimizers have other states than these 8Ψ
 (`forge.plan.parameter_groups`).
 
+At stage 2 a rank holds the whole gradient of a parameter of which it has a part, so that the term of the gradients
+falls less than W grows (`forge.plan.parameter_groups.most_gradients`).
+
 DeepSpeed's own estimators (`estimate_zero2_model_states_mem_needs`, and likewise for ZeRO 3) also count the
 gradients in fp32 during an update, 4Ψ ÷ W bytes, here `update_bytes`, when the activations are gone, and under
 ZeRO 3 the largest module with its gradient; tests/plan/test_memory_deepspeed.py holds every difference.
@@ -26,7 +29,7 @@ from dataclasses import dataclass
 from forge.config.training import TrainingSpec
 from forge.plan.deepspeed_config import REDUCE_BUCKET
 from forge.plan.inputs import ModelInfo, TeacherInfo
-from forge.plan.parameter_groups import OptimizerState
+from forge.plan.parameter_groups import OptimizerState, most_gradients
 from forge.plan.rank_groups import NO_GROUPS, RankGroups
 from forge.plan.snapshot_memory import WEIGHT_BYTES, snapshot_bytes
 from forge.plan.window_memory import has_windows, repeated_bytes, window_mask_bytes
@@ -147,14 +150,13 @@ def estimate_memory(
         sequence_parallel_size: ranks that share each sequence; its activations and logits are divided by it.
     """
     stage = training.zero.stage
-    width = WEIGHT_BYTES[training.precision]
     trainable = model.num_trainable_parameters
     # A separate master copy exists unless fp32 weights are updated in place (ZeRO 0).
     master = 4 if training.precision == "bf16" or stage > 0 else 0
     sharing = world_size // groups.num_shard_groups
     shards = sharing if stage >= 1 else 1
     weights = _weights_bytes(model, training, sharing=sharing, hpz_partition_size=groups.hpz_partition_size)
-    gradients = width * trainable // (sharing if stage >= 2 else 1)
+    gradients = _gradients_bytes(model, training, state=state, sharing=sharing)
     optimizer = (master * trainable + state.sharded_bytes) // shards + state.replicated_bytes
     ema = 4 * trainable // shards if training.ema else 0
     host = snapshot_bytes(model, training, state=state, num_copies=num_copies, world_size=world_size, groups=groups)
@@ -218,6 +220,18 @@ def _weights_bytes(model: ModelInfo, training: TrainingSpec, *, sharing: int, hp
     if training.zero.stage == 3:
         weights = weights // sharing + (weights // hpz_partition_size if hpz_partition_size > 1 else 0)
     return weights
+
+
+def _gradients_bytes(model: ModelInfo, training: TrainingSpec, *, state: OptimizerState, sharing: int) -> int:
+    """Of the gradients between two micro-batches, in the precision of the weights.
+
+    At stage 2 they are those of whole parameters (`most_gradients`); of a model whose parameters are only counted,
+    an equal part.
+    """
+    width, trained = WEIGHT_BYTES[training.precision], model.num_trainable_parameters
+    if training.zero.stage == 2 and state.group_numels:
+        return width * most_gradients(state.group_numels, num_shards=sharing)
+    return width * trained // (sharing if training.zero.stage >= 2 else 1)
 
 
 def _zero3_buffers(model: ModelInfo, training: TrainingSpec, *, sharing: int, is_on_host: bool) -> dict[str, int]:

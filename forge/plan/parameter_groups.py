@@ -6,8 +6,11 @@ The plan shows the groups and counts their state; the workers build the optimize
 from __future__ import annotations
 
 import re
+from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import accumulate
 from typing import Literal
 
 from forge.config.optimizer import OptimizerSpec
@@ -54,6 +57,8 @@ class OptimizerState:
     """Divided by the world size from ZeRO 1 on."""
     replicated_bytes: int
     """On every rank at every stage."""
+    group_numels: tuple[tuple[int, ...], ...] = ()
+    """Elements of each trained parameter, by group, in the order of the groups; empty if they are only counted."""
 
     @property
     def total_bytes(self) -> int:
@@ -111,7 +116,42 @@ def optimizer_state(groups: Sequence[ParameterGroup]) -> OptimizerState:
         replicated_bytes=sum(
             4 * sum(factor_sizes(parameter.shape)) for name, parameter in pairs if name == "adafactor-matrix"
         ),
+        group_numels=tuple(
+            tuple(parameter.numel for parameter in group.parameters)
+            for group in groups
+            if any(parameter.name for parameter in group.parameters)
+        ),
     )
+
+
+@lru_cache(maxsize=1024)
+def most_gradients(group_numels: tuple[tuple[int, ...], ...], *, num_shards: int) -> int:
+    """Return the elements of the gradients that a rank holds at most between micro-batches at stage 2.
+
+    DeepSpeed divides each group into equal parts, and a rank accumulates the whole gradient of every parameter that
+    reaches into its part. Of several groups the largest are added up, though they may be on different ranks.
+
+    Args:
+        group_numels: of the trained parameters; see `OptimizerState`.
+        num_shards: ranks among which each group is divided.
+
+    Source: DeepSpeed 0.19.8, `independent_gradient_partition_epilogue`, `get_all_grad_tensors`.
+    """
+    return sum(_most_overlapped(numels, num_parts=num_shards) for numels in group_numels)
+
+
+def _most_overlapped(numels: Sequence[int], *, num_parts: int) -> int:
+    """Of the parameters that overlap one of equal parts, one after the other."""
+    ends = list(accumulate(numels))
+    starts = [0, *ends[:-1]]
+    size = -(-ends[-1] // num_parts)
+    most = 0
+    for start, end in zip(starts, ends, strict=True):
+        # All parts between the first and the last of a parameter overlap it alone.
+        for part in {start // size, max(start, end - 1) // size}:
+            left, right = bisect_right(ends, part * size), bisect_left(starts, (part + 1) * size)
+            most = max(most, ends[right - 1] - starts[left])
+    return most
 
 
 def factor_sizes(shape: tuple[int, ...]) -> tuple[int, int]:

@@ -159,11 +159,10 @@ def estimate_step(
     speed = work.peak_flops / _REFERENCE_FLOPS
     share = _matmul_share(work, speed=speed, constants=constants)
     products = 4 if work.recomputed_flops else 3
-    passes = 4 if work.recomputes or work.recomputed_flops else 3
     attention_share = constants.attention * math.pow(speed, -constants.attention_exponent)
     # The backward pass of such attention computes the scores again: 2.5 forward passes.
     attention_flops = (products + 0.5) * work.attention_flops
-    traffic = constants.activation_traffic * passes * work.activation_bytes + work.logit_bytes
+    traffic = constants.activation_traffic * _passes(work) * work.activation_bytes + work.logit_bytes
     matmul_s = work.tokens * (work.matmul_flops + work.recomputed_flops) / (work.peak_flops * share)
     attention_s = work.tokens * attention_flops / (work.peak_flops * attention_share)
     memory_s = work.tokens * traffic / gpu.memory_bytes_per_s
@@ -171,8 +170,7 @@ def estimate_step(
     computed_s = work.num_micro_batches * max(matmul_s + attention_s + memory_s, launch_s)
     communication_s = _communication_s(work, gpu=gpu, interconnect=interconnect, constants=constants)
     optimizer_s = work.state_bytes / gpu.memory_bytes_per_s
-    exchanged = work.num_micro_batches * work.tokens * (passes - 1) * work.exchanged_bytes
-    exchange_s = exchanged / _bandwidth(gpu, interconnect, work.sequence_parallel_size, constants)
+    exchange_s = bytes_moved(work).exchanged / _bandwidth(gpu, interconnect, work.sequence_parallel_size, constants)
     copied = 2 * work.num_micro_batches * work.tokens * work.offloaded_bytes
     copies_s = copied / (HOST_COPY_SHARE * gpu.host_bytes_per_s)
     hidden = (1 - constants.exposed) * min(computed_s, communication_s)
@@ -205,6 +203,8 @@ class BytesMoved:
     """In those of a group of hpZ."""
     between_groups: float
     """In those of the ranks with the same shard, one of each shard group."""
+    exchanged: float
+    """To the ranks that share its sequences, before and after each attention."""
 
 
 def bytes_moved(work: StepWork) -> BytesMoved:
@@ -220,18 +220,23 @@ def bytes_moved(work: StepWork) -> BytesMoved:
     Where the ranks form shard groups, each of S ranks, all of this is among the S ranks of a group, and the
     gradients of a rank's shard are summed over the groups by an all-reduce, once in a step.
 
-    Source: ZeRO, arXiv 1910.02054, section 7; hpZ: ZeRO++, arXiv 2306.10209, section 3.2; the bytes of every stage
-    are counted by tests/train/test_traffic.py.
+    Ranks that share sequences exchange queries, keys, values and outputs of each attention in every forward pass,
+    also in one that activation checkpointing repeats, and their gradients in the backward pass.
+
+    Source: ZeRO, arXiv 1910.02054, section 7; hpZ: ZeRO++, arXiv 2306.10209, section 3.2; sequences: DeepSpeed
+    Ulysses, arXiv 2309.14509, section 3.2. `python -m benchmarks.rank_costs` counts the bytes of every layout.
     """
     micro_batches, group = work.num_micro_batches, work.hpz_partition_size
     sharing, groups = work.world_size // work.num_shard_groups, work.num_shard_groups
     share = (sharing - 1) / sharing
     between = 2 * (groups - 1) / groups * work.gradient_bytes / sharing
+    exchanged = micro_batches * work.tokens * (_passes(work) - 1) * work.exchanged_bytes
     if work.stage == 3 and group > 1:
         return BytesMoved(
             sharing=share * (micro_batches * work.gradient_bytes + work.weight_bytes),
             in_groups=(group - 1) / group * (2 * micro_batches - 1) * work.weight_bytes,
             between_groups=between,
+            exchanged=exchanged,
         )
     moved = {
         0: 2 * work.gradient_bytes,
@@ -239,7 +244,12 @@ def bytes_moved(work: StepWork) -> BytesMoved:
         2: 2 * micro_batches * work.gradient_bytes + work.weight_bytes,
         3: micro_batches * (work.gradient_bytes + 2 * work.weight_bytes),
     }[work.stage]
-    return BytesMoved(sharing=share * moved, in_groups=0.0, between_groups=between)
+    return BytesMoved(sharing=share * moved, in_groups=0.0, between_groups=between, exchanged=exchanged)
+
+
+def _passes(work: StepWork) -> int:
+    """Forward passes of a micro-batch, with a backward pass counted as two."""
+    return 4 if work.recomputes or work.recomputed_flops else 3
 
 
 def _communication_s(work: StepWork, *, gpu: Gpu, interconnect: Interconnect, constants: Efficiency) -> float:

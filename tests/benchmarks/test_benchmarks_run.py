@@ -25,6 +25,7 @@ SLOW = (
     "kills",
     "lora",
     "memory",
+    "rank_costs",
     "recovery",
     "recovery_growth",
     "serve",

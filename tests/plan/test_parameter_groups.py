@@ -10,7 +10,7 @@ import pytest
 from forge.config.optimizer import OptimizerSpec
 from forge.errors import PlanError
 from forge.plan.inputs import TrainedParameter
-from forge.plan.parameter_groups import ParameterGroup, optimizer_state, parameter_groups
+from forge.plan.parameter_groups import ParameterGroup, most_gradients, optimizer_state, parameter_groups
 from forge.plan.plan import make_plan
 from tests.support.jobs import CPU, UNPREPARED, tiny_facts, tiny_job
 
@@ -143,3 +143,29 @@ def test_optimizer_spec__defaults__are_those_of_the_optimizer_and_not_written() 
 def test_adamw_8bit__sharded__is_refused_with_what_works() -> None:
     with pytest.raises(ValueError, match=r"needs zero\.stage: 0.*lion and adafactor"):
         tiny_job(training__optimizer={"name": "adamw-8bit"})
+
+
+@pytest.mark.parametrize("num_shards", [1, 2, 3, 5, 64, 5000])
+def test_most_gradients__equal_parts__are_all_parameters_that_reach_into_one(num_shards: int) -> None:
+    matrices, vectors = optimizer_state(groups()).group_numels
+    size = -(-sum(matrices) // num_shards)
+    overlapped = [0] * num_shards
+    end = 0
+    for numel in matrices:
+        start, end = end, end + numel
+        for part in range(num_shards):
+            overlapped[part] += numel * (max(start, part * size) < min(end, (part + 1) * size))
+    assert most_gradients((matrices,), num_shards=num_shards) == max(overlapped)
+    of_vectors = most_gradients((vectors,), num_shards=num_shards)
+    assert most_gradients((matrices, vectors), num_shards=num_shards) == max(overlapped) + of_vectors
+
+
+def test_memory__zero_2_and_a_large_embedding__gradients_of_whole_parameters() -> None:
+    trained = tuple(replace(one, shape=(10**6, 8)) if one.role == "embedding" else one for one in MODEL)
+    numel = sum(parameter.numel for parameter in trained)
+    facts = tiny_facts(num_parameters=numel, num_trainable_parameters=numel, trained=trained)
+    job = tiny_job(training__precision="bf16", training__zero={"stage": 2}, resources__workers="1..4")
+    plan = make_plan(job, model=facts, corpus=UNPREPARED, hardware=CPU)
+    gradients = [plan.for_world_size(size).memory.gradients_bytes for size in (1, 2, 4)]
+    assert gradients[0] == 2 * numel
+    assert all(2 * 8 * 10**6 <= one <= 2 * numel for one in gradients[1:])
