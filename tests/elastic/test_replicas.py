@@ -606,6 +606,46 @@ def test_peer_state_source__many_shards__opens_the_nearest_only(
     asyncio.run(ask())
 
 
+def test_peer_state_source__shards_on_two_nodes__are_read_at_once() -> None:
+    """The second node is asked while the first does not answer yet."""
+    body, numel = random.Random(5).randbytes(8000), 1000
+
+    def piece(rank: int) -> Interval:
+        return Interval(kind="master", name="w", start=numel * rank, stop=numel * (rank + 1), dtype="F32")
+
+    async def ask() -> None:
+        async with machine() as first, machine() as second:
+            proxies = [Proxy(far.endpoint) for far in (first, second)]
+            for rank, far in enumerate((first, second)):
+                await proxies[rank].open()
+                snapshot = create_snapshot_buffer(pack([piece(rank)]))
+                with snapshot.begin(0) as data:
+                    data[:] = body[4 * numel * rank : 4 * numel * (rank + 1)]
+                snapshot.commit(0, step=5, state={"progress": asdict(progress(5))})
+                far.store.register_buffer(snapshot.fd, generation=1, rank=rank, world_size=2)
+            locations = [shard(None, proxy.endpoint, rank=rank) for rank, proxy in enumerate(proxies)]
+            source = await asyncio.to_thread(PeerStateSource, locations, step=5, secret=SECRET)
+            found = [bytearray(4 * numel) for _ in range(2)]
+            wanted = [(piece(rank), memoryview(found[rank])) for rank in range(2)]
+            await asyncio.to_thread(source.read, wanted)  # both connections are open now
+            found[0][:] = found[1][:] = bytes(4 * numel)
+            proxies[0].block(after_bytes=0)
+            num_asked = proxies[1].num_passed
+            reading = asyncio.ensure_future(asyncio.to_thread(source.read, wanted))
+            try:
+                await until(lambda: proxies[1].num_passed > num_asked and any(found[1]))
+                assert not any(found[0]) and not reading.done()
+            finally:
+                proxies[0].block(after_bytes=math.inf)
+                await reading
+            assert found[0] + found[1] == body
+            source.close()
+            for proxy in proxies:
+                await proxy.tear()
+
+    asyncio.run(ask())
+
+
 def test_peer_state_source__shard_gone__error_when_it_is_needed() -> None:
     async def ask() -> None:
         async with holder_of(5) as (far, snapshot):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,8 @@ from forge.elastic.rpc import Endpoint, Message, SyncChannel
 _TIMEOUT_S = 20.0
 # Ranges per request: one answer must not have to wait for all of a large model.
 _MAX_RANGES = 4096
+# As many as a shard has parts in memory with shard groups.
+_MAX_NODES_AT_ONCE = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,7 +73,7 @@ class PeerStateSource:
         """Metrics that the recorder had not acknowledged when the snapshot was taken."""
 
     def read(self, wanted: Iterable[tuple[Interval, memoryview]]) -> None:
-        """Fill each view with the bytes of its interval.
+        """Fill each view with the bytes of its interval, from all nodes that have some of them at once.
 
         Raises: OSError, EOFError if a node or a shard is gone; ValueError if no shard holds an element.
         """
@@ -78,8 +81,17 @@ class PeerStateSource:
         for interval, _ in wanted:
             while self._unopened and not self._index.covers(interval):
                 self._open(self._unopened.popleft())
+        by_channel: dict[SyncChannel | None, list[tuple[_Shard, list[Range]]]] = {}
         for name, ranges in self._index.ranges(wanted).items():
-            self._shards[name].read(ranges)
+            shard = self._shards[name]
+            by_channel.setdefault(shard.channel, []).append((shard, ranges))
+        here = by_channel.pop(None, [])
+        # A thread for each node, as a connection answers one request at a time.
+        with ThreadPoolExecutor(max_workers=_MAX_NODES_AT_ONCE) as pool:
+            done = [pool.submit(_read_all, parts) for parts in by_channel.values()]
+            _read_all(here)
+        for one in done:
+            one.result()
 
     def close(self) -> None:
         """Close the connections and free the memory."""
@@ -107,8 +119,15 @@ class PeerStateSource:
         return _RemoteShard(self._channels[location.endpoint], location, step=self._step)
 
 
+def _read_all(parts: Sequence[tuple[_Shard, list[Range]]]) -> None:
+    for shard, ranges in parts:
+        shard.read(ranges)
+
+
 class _LocalShard:
     """A snapshot in this node's memory."""
+
+    channel = None
 
     def __init__(self, buffer: SnapshotBuffer, *, step: int) -> None:
         snapshot = next((copy for copy in buffer.snapshots() if copy.step == step), None)
@@ -127,7 +146,7 @@ class _RemoteShard:
     """A snapshot in another node's memory."""
 
     def __init__(self, channel: SyncChannel, location: ShardLocation, *, step: int) -> None:
-        self._channel = channel
+        self.channel = channel
         self._name = {"generation": location.generation, "rank": location.rank, "step": step}
         answer = self._request({"request": "describe"})
         self.layout: Layout = layout_from_record(answer["layout"])
@@ -138,10 +157,10 @@ class _RemoteShard:
             batch = ranges[first : first + _MAX_RANGES]
             self._request({"request": "read", "ranges": [[start, len(view)] for start, view in batch]})
             for _, view in batch:
-                self._channel.receive_into(view)
+                self.channel.receive_into(view)
 
     def _request(self, message: Message) -> Message:
-        answer = self._channel.request(message | self._name)
+        answer = self.channel.request(message | self._name)
         if "error" in answer:
             raise OSError(answer["error"])
         return answer
