@@ -16,7 +16,7 @@ from forge.plan.plan import Plan, plan_from_json
 from forge.runs.reader import read_metrics
 from tests.elastic.test_faults import assert_equals_undisturbed_run
 from tests.support.command import wait_for
-from tests.support.elastic import leftovers, machines, start_run, stop_run, write_job
+from tests.support.elastic import Run, leftovers, machines, start_run, stop_run, write_job
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 # 32 x 400 and 32 x 1024 weights are above the number that DeepSpeed leaves undivided.
@@ -95,3 +95,39 @@ def test_killed_rank_and_machine__other_layout__losses_of_an_undisturbed_run(
         assert is_replicated == ({1} if at_three_and_four == [(1, 1), (2, 1)] else {0})
         assert {event["source"] for number, event in started.items() if number > 1} == {"memory"}
         assert_equals_undisturbed_run(run, tmp_path / "undisturbed")
+
+
+def test_killed_machine__another_joins__its_rank_is_filled_from_the_twins_memory(tmp_path: Path) -> None:
+    write_job(tmp_path, steps=100_000, workers="1..4", stage=3, paced=True)
+    changes = ("training.zero.shard_group_size=2", *DIVIDED)
+    with machines(tmp_path, count=4) as cluster:
+        run = start_run(cluster, *(word for change in changes for word in ("--set", change)))
+        run.await_world(4, timeout_s=240)
+
+        lost, twin = run.formed["ranks"][1], run.formed["ranks"][3]
+        # Only what rank 0 alone has is sent to another machine: the shard of rank 1 is in the memory of rank 3.
+        before = run.of("GenerationStarting")[-1]
+        assert (before["num_shard_groups"], before["parts_per_shard"]) == (2, 1)
+        run.recovers_from(lambda: cluster.kill(run.machine_of(lost)), timeout_s=120)
+        assert run.formed["world_size"] == 3
+        assert run.of("GenerationStarting")[-1]["source"] == "memory"
+        continues_on_the_newest_machine(run, cluster.add)
+        assert {twin["node"]} < {rank["node"] for rank in run.formed["ranks"]}
+
+        assert run.of("CheckpointSaved") == []
+        assert len(run.repeated()) <= 1
+        stop_run(run)
+        wait_for(lambda: run.of("RunStopped"))
+        assert leftovers(run) == []
+        assert_equals_undisturbed_run(run, tmp_path / "undisturbed")
+
+
+def continues_on_the_newest_machine(run: Run, cause: Callable[[], object]) -> None:
+    """After a change four ranks continue from memory, one of them on the machine that was added last."""
+    step = run.step
+    run.recovers_from(cause, timeout_s=240)
+    assert run.formed["world_size"] == 4
+    assert run.cluster.nodes[-1] in [run.machine_of(rank) for rank in run.formed["ranks"]]
+    started = run.of("GenerationStarting")[-1]
+    assert (started["source"], started["num_shard_groups"], started["parts_per_shard"]) == ("memory", 2, 1)
+    assert started["from_step"] >= step - 1
