@@ -102,9 +102,10 @@ def test_cancel_all__connection_is_being_opened__says_that_it_was_cancelled(tmp_
 
         thread = threading.Thread(target=run)
         thread.start()
-        silent.accept()
-        cancel_all()
-        thread.join()
+        connection, _ = silent.accept()
+        with connection:
+            cancel_all()
+            thread.join()
     assert failures == ["127.0.0.1 was cancelled"]
 
 
